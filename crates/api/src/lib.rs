@@ -1,0 +1,1 @@
+//! Wire types of every protocol, the operation table and the error-code registry.

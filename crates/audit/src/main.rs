@@ -1,0 +1,2 @@
+//! Five append-only logs.
+fn main() {}

@@ -1,0 +1,1 @@
+//! casemate: users, operators, offline verify.

@@ -1,0 +1,2 @@
+//! casemate: users, operators, offline verify.
+fn main() {}

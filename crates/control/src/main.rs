@@ -1,0 +1,2 @@
+//! The control daemon.
+fn main() {}

@@ -1,0 +1,1 @@
+//! One encrypted object as one FUSE file.

@@ -1,0 +1,2 @@
+//! One encrypted object as one FUSE file.
+fn main() {}

@@ -1,0 +1,2 @@
+//! Who may: API keys, actor assertions, gateway tokens.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Domain types, ids and sans-IO state machines. Must never do IO.

@@ -1,0 +1,1 @@
+//! What each daemon does alike: config, logs, metrics, clock, peer auth, drain.

@@ -1,0 +1,1 @@
+//! Test doubles with names; dev only.

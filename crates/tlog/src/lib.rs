@@ -1,0 +1,1 @@
+//! Merkle tiles, checkpoints, proofs and their verification. Must never do IO.

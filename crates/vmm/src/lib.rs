@@ -1,0 +1,1 @@
+//! VMM drivers and vmctl.

@@ -1,0 +1,2 @@
+//! VMM drivers and vmctl.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Root behind a closed enum of requests.

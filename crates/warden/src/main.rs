@@ -1,0 +1,2 @@
+//! Root behind a closed enum of requests.
+fn main() {}

@@ -1,0 +1,2 @@
+//! Project tasks: bench, image, tidy.
+fn main() {}
