@@ -1,1 +1,12 @@
-//! Domain types, ids and sans-IO state machines. Must never do IO.
+//! Domain types and identifiers of Casemate.
+//!
+//! Must never do IO, read a clock, draw randomness or depend on a runtime: what is decided here
+//! can be replayed from its inputs alone.
+#![forbid(unsafe_code)]
+
+pub mod id;
+pub mod limits;
+pub mod spec;
+
+pub use id::{AccountId, HostId, IdError, KeyId, RequestId, StartId, WorkspaceId};
+pub use spec::{Mode, Power, Purpose, Resources, RestartPolicy, TtlAction};

@@ -1,0 +1,126 @@
+//! The channel between vmctl and the guest's agent: newline-delimited JSON over virtio-serial,
+//! at most [`CHANNEL_MESSAGE_MAX_BYTES`](crate::limits::CHANNEL_MESSAGE_MAX_BYTES) a message.
+//! What comes from the guest is hostile. No secret travels here: those come in the identity
+//! block of the disk.
+
+use serde::{Deserialize, Serialize};
+
+/// From the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+pub enum FromGuest {
+    /// The agent runs; the base image is mounted and verified.
+    Booted {
+        /// The agent's version.
+        version: String,
+    },
+    /// Mount and exec were rehearsed; nothing of it is left.
+    Rehearsed,
+    /// Disk mounted, identity taken, ports open.
+    Up(Up),
+    /// It could not.
+    Failed {
+        /// One word.
+        code: String,
+        /// At most 256 characters.
+        message: String,
+    },
+    /// File systems are synced and unmounted; power may go.
+    Down,
+}
+
+/// The guest is up.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Up {
+    /// The guest's kernel release.
+    pub kernel: String,
+}
+
+/// To the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+pub enum ToGuest {
+    /// Rehearse what a start does, on memory-backed stand-ins, so that code is translated and
+    /// caches are warm in the template and the pool.
+    Rehearse,
+    /// The disk is there: become the workspace.
+    Attach(Attach),
+    /// The machine's clock, after a pause.
+    Clock {
+        /// ns since the epoch.
+        time_unix_ns: u64,
+    },
+    /// End processes, sync, unmount, say `down`.
+    Shutdown,
+}
+
+/// What the agent is told when its disk is there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Attach {
+    /// ns since the epoch.
+    pub time_unix_ns: u64,
+    /// The config's exact text ([`GuestConfig`]); its SHA-256 must be the identity block's
+    /// `config_digest`.
+    pub config: String,
+    /// Signed `mint::TokenState`.
+    pub token_state: String,
+    /// IPv4 address.
+    pub ip: String,
+    /// Prefix length.
+    pub prefix: u8,
+    /// Default gateway.
+    pub gateway: String,
+}
+
+/// The guest's config. The lease in the log holds its digest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GuestConfig {
+    /// The workspace.
+    pub workspace: model::WorkspaceId,
+    /// RFC 1123 label.
+    pub hostname: String,
+    /// `K=V`.
+    pub env: Vec<String>,
+    /// A command to run once the workspace is up; empty for none.
+    pub cmd: Vec<String>,
+}
+
+/// The identity block at the front of the disk, synthesised by `disk` for one start.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct IdentityBlock {
+    /// The workspace.
+    pub workspace: model::WorkspaceId,
+    /// The start.
+    pub start_id: model::StartId,
+    /// 64 fresh random bytes, hex.
+    pub seed: String,
+    /// Seed of the guest's Ed25519 identity, 32 bytes hex.
+    pub identity_seed: String,
+    /// SHA-256 of the config, hex.
+    pub config_digest: String,
+    /// Mint's key, for token states; hex.
+    pub mint_key: String,
+    /// Mint's gateway-token key; hex.
+    pub gateway_key: String,
+    /// The edge's identity key; hex.
+    pub edge_key: String,
+}
+
+/// First bytes of the identity area.
+pub const IDENTITY_MAGIC: &[u8; 8] = b"CMIDENT1";
+/// The identity area's size: the volume begins here, bytes.
+pub const VOLUME_OFFSET_BYTES: u64 = 1 << 20;
+/// Name of the agent's virtio-serial port.
+pub const PORT_NAME: &str = "casemate.agent";
+
+/// The DNS name in a workspace's TLS certificate.
+#[must_use]
+pub fn tls_name(workspace: &model::WorkspaceId) -> String {
+    format!(
+        "{}.ws.casemate.internal",
+        workspace.as_str().replace('_', "-")
+    )
+}

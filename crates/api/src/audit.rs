@@ -1,0 +1,171 @@
+//! The audit log's append socket, and the entry that every process writes.
+//!
+//! The append side can't read: the only thing that comes back is where the entry went, and, if
+//! asked, the proof that it is there.
+
+use model::{AccountId, HostId, Purpose, StartId, WorkspaceId};
+use serde::{Deserialize, Serialize};
+
+/// A retention class; each has its own log (LOG-1).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Class {
+    /// Control-plane API calls, 90 days.
+    Api,
+    /// Host audit: keys, elevation, control-plane changes; 1 year.
+    Host,
+    /// Flow metadata, 30 days.
+    Flow,
+    /// Metering, 90 days.
+    Metering,
+    /// Security alerts, 2 years.
+    Security,
+}
+
+impl Class {
+    /// All classes.
+    pub const ALL: [Class; 5] = [
+        Self::Api,
+        Self::Host,
+        Self::Flow,
+        Self::Metering,
+        Self::Security,
+    ];
+
+    /// The class's name, as in paths and origins.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Api => "api",
+            Self::Host => "host",
+            Self::Flow => "flow",
+            Self::Metering => "metering",
+            Self::Security => "security",
+        }
+    }
+}
+
+/// Before or after the act.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Written before the act; if it can't be, the act does not happen.
+    Intent,
+    /// Written after it.
+    Outcome,
+    /// Something that happened by itself.
+    Fact,
+}
+
+/// The lease that an intent asks for: what the KMS will release a key against.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Lease {
+    /// The workspace.
+    pub workspace: WorkspaceId,
+    /// The host that will run it.
+    pub host: HostId,
+    /// This start and no other.
+    pub start_id: StartId,
+    /// What the key is for.
+    pub purpose: Purpose,
+    /// 32 random bytes, hex; used once.
+    pub nonce: String,
+    /// When the lease ends, ms since the epoch; at most 60 s after the entry.
+    pub exp_ms: u64,
+    /// SHA-256 of the guest's config, hex.
+    pub config_digest: String,
+}
+
+/// What an entry says. Never holds content of a workspace, a secret or a request body (SEE-3).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Entry {
+    /// Noun first: `workspace.create`, `kms.release`.
+    pub event: String,
+    /// Intent, outcome or fact.
+    pub phase: Phase,
+    /// The request id that ties entries of one request together.
+    pub request_id: String,
+    /// The account concerned, if one is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub account: Option<AccountId>,
+    /// Who: an API key id, `operator`, or `internal:<what>`.
+    pub actor: String,
+    /// On what: an id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub subject: Option<String>,
+    /// The signed assertion or policy that authorises it, whole.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub authority: Option<String>,
+    /// The lease that it asks for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lease: Option<Lease>,
+    /// `ok` or an error code, for outcomes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub result: Option<String>,
+    /// A few more facts, small and typed by the event.
+    #[serde(default, skip_serializing_if = "serde_json::Map::is_empty")]
+    pub data: serde_json::Map<String, serde_json::Value>,
+}
+
+/// An entry as it is sealed into the log: the append process adds who wrote it, from the
+/// socket's peer credentials, so that no process can write in another's name.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Stamped {
+    /// The process that wrote it: `control`, `kms`, `mint`, …
+    pub process: String,
+    /// What it wrote.
+    pub entry: Entry,
+}
+
+/// A request to the append socket.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Op {
+    /// Appends one entry; the answer comes when it is durable ([`Appended`]).
+    Append {
+        /// The log.
+        class: Class,
+        /// The entry.
+        entry: Box<Entry>,
+        /// Wait until it is integrated, and return the proof.
+        want_receipt: bool,
+    },
+    /// Public keys that entries of coming days are sealed to; the KMS only. Answer: `true`.
+    DayKeys {
+        /// The keys; at most 5 × 400.
+        keys: Vec<DayKey>,
+    },
+    /// The public key that an account's entries are sealed to; the KMS only. Answer: `true`.
+    AccountKey {
+        /// The account.
+        account: AccountId,
+        /// X25519 public key, hex.
+        public: String,
+    },
+}
+
+/// The public key of a class and day.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DayKey {
+    /// The class.
+    pub class: Class,
+    /// Days since 1970-01-01 UTC.
+    pub day: u32,
+    /// X25519 public key, hex.
+    pub public: String,
+}
+
+/// Where an entry went.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Appended {
+    /// Its index in the class's log.
+    pub index: u64,
+    /// Its time, ms since the epoch, by the log's clock.
+    pub time_ms: u64,
+    /// The proof (`tlog::receipt::Receipt`), if asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub receipt: Option<serde_json::Value>,
+}

@@ -1,0 +1,44 @@
+//! The channel between warden and a disk process: one JSON message a packet, over a
+//! SOCK_SEQPACKET pair.
+
+use serde::{Deserialize, Serialize};
+
+/// To the disk process.
+#[derive(Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+pub enum ToDisk {
+    /// The sealed `kms::Grant`.
+    Grant {
+        /// HPKE ciphertext, base64.
+        sealed: String,
+        /// Associated data, hex.
+        aad: String,
+        /// The backing file is new: make the volume.
+        format: bool,
+    },
+    /// Flush and exit.
+    Close,
+}
+
+/// From the disk process.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+pub enum FromDisk {
+    /// Its ephemeral public key.
+    Hello {
+        /// X25519, hex.
+        hpke_pub: String,
+    },
+    /// The volume is open; the file can be opened, once.
+    Ready {
+        /// Size of the file as the VMM sees it, bytes.
+        size_bytes: u64,
+    },
+    /// It could not.
+    Failed {
+        /// The code for the client.
+        code: crate::ErrorCode,
+        /// For the operator.
+        message: String,
+    },
+}

@@ -1,0 +1,155 @@
+//! Host's socket: from desired to actual state of one machine's workspaces.
+
+use crate::warden::ImageId;
+use model::{HostId, Power, Resources, StartId, WorkspaceId};
+use serde::{Deserialize, Serialize};
+
+/// A request to host.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Op {
+    /// Records the desired state (a lower `generation` than the last is refused) and waits up to
+    /// `wait_ms` for it to become actual; control only. Answer: [`Actual`].
+    Apply {
+        /// What is wanted.
+        desired: Box<Desired>,
+        /// At most 120,000 ms.
+        wait_ms: u64,
+    },
+    /// Answer: [`Actual`].
+    Get {
+        /// The workspace.
+        workspace: WorkspaceId,
+    },
+    /// Answer: `Vec<Actual>`.
+    List,
+    /// States that changed after `since`, waiting up to `wait_ms`; control and edge.
+    /// Answer: [`Changes`].
+    Changes {
+        /// The last `seq` the caller has; 0 for all.
+        since: u64,
+        /// At most 30,000 ms.
+        wait_ms: u64,
+    },
+    /// Counters of a running workspace. Answer: [`crate::warden::Counters`].
+    Counters {
+        /// The workspace.
+        workspace: WorkspaceId,
+    },
+    /// What this host can run. Answer: [`Info`].
+    Info,
+}
+
+/// What control wants of a workspace.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Desired {
+    /// The workspace.
+    pub workspace: WorkspaceId,
+    /// Grows with every change.
+    pub generation: u64,
+    /// The power state.
+    pub power: Power,
+    /// The image.
+    pub image: ImageId,
+    /// The size.
+    pub resources: Resources,
+    /// Disk bandwidth, bytes/s.
+    pub disk_bytes_per_s: u64,
+    /// Disk operations/s.
+    pub disk_ops_per_s: u64,
+    /// The guest config's exact text.
+    pub config: String,
+    /// The edge may reach the agent (`public_access`).
+    pub public_access: bool,
+    /// Ports of the contract's `ingress_ports`.
+    pub ingress_ports: Vec<u16>,
+    /// Receipt of the intent whose lease allows the next start; needed for `Running` when no VM
+    /// runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lease: Option<serde_json::Value>,
+    /// Signed `mint::TokenState`.
+    pub token_state: String,
+}
+
+/// What is so.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Actual {
+    /// The workspace.
+    pub workspace: WorkspaceId,
+    /// The generation of the desired state that this answers.
+    pub generation: u64,
+    /// How far it is.
+    pub state: ActualState,
+    /// The start, while a VM runs.
+    pub start_id: Option<StartId>,
+    /// The guest's address, while a VM runs.
+    pub ip: Option<String>,
+    /// The edge may reach the agent.
+    pub public_access: bool,
+    /// When the VM came up, ms since the epoch.
+    pub since_ms: Option<u64>,
+    /// How it came up: `pool`, `template` or `cold`.
+    pub started_from: Option<String>,
+    /// What went wrong last.
+    pub error: Option<crate::Error>,
+}
+
+/// How far a workspace is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ActualState {
+    /// No VM.
+    Stopped,
+    /// On its way up.
+    Starting,
+    /// The agent answers.
+    Running,
+    /// Memory kept, no CPU.
+    Paused,
+    /// On its way down.
+    Stopping,
+    /// The VM went away by itself.
+    Crashed,
+    /// A start failed; see `error`.
+    Failed,
+    /// Nothing is left on this host.
+    Deleted,
+}
+
+/// Answer to [`Op::Changes`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Changes {
+    /// Ask with this next.
+    pub seq: u64,
+    /// At most 1,000.
+    pub states: Vec<Actual>,
+}
+
+/// An image that this host has.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Image {
+    /// Its name: `python-3`.
+    pub name: String,
+    /// SHA-256 of its erofs file.
+    pub id: ImageId,
+    /// A line for people.
+    pub description: String,
+}
+
+/// Answer to [`Op::Info`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Info {
+    /// This machine.
+    pub host: HostId,
+    /// Images, by name.
+    pub images: Vec<Image>,
+    /// The accelerator in use and why.
+    pub accel: String,
+    /// Pooled VMs ready now.
+    pub pool_ready: u32,
+    /// Pooled VMs wanted.
+    pub pool_wanted: u32,
+    /// What of the isolation this machine weakens, one line each.
+    pub weakened: Vec<String>,
+}

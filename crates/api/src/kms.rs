@@ -1,0 +1,180 @@
+//! The KMS's socket. No operation returns a key: what leaves is sealed to an attested process.
+
+use model::{AccountId, HostId, Purpose, StartId, WorkspaceId};
+use serde::{Deserialize, Serialize};
+
+/// A request to the KMS.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Op {
+    /// Makes the workspace's key. `receipt` proves an intent `workspace.create` under a client's
+    /// assertion; the account is the assertion's. Answer: [`KeyCreated`]. Idempotent per workspace
+    /// and account.
+    WorkspaceKeyCreate {
+        /// Receipt of the intent.
+        receipt: serde_json::Value,
+    },
+    /// Releases a workspace's subkeys, sealed to the attested process. Answer: [`Released`].
+    Release {
+        /// Receipt of the intent that holds the lease.
+        receipt: serde_json::Value,
+        /// Signed [`Attestation`].
+        attestation: String,
+    },
+    /// Destroys the workspace's key: record erased, epoch punctured. A closing act. Answer:
+    /// [`Destroyed`]. Idempotent.
+    Destroy {
+        /// The workspace.
+        workspace: WorkspaceId,
+        /// The client's assertion or the standing policy that allows it.
+        authority: String,
+    },
+    /// Answer: [`Status`].
+    Status,
+    /// Opens a KMS that is sealed by a passphrase; root only. Answer: [`Status`].
+    Unseal {
+        /// The passphrase.
+        passphrase: String,
+    },
+    /// New epoch now: re-wraps what lives, destroys the old epoch's secret; root only.
+    /// Answer: [`Status`].
+    Rotate,
+    /// Opens the wrapped batch keys of log entries, for the audit reader only; logged.
+    /// Answer: the batch keys, hex, in order.
+    LogOpen {
+        /// The class.
+        class: crate::audit::Class,
+        /// Day of the entries.
+        day: u32,
+        /// The leaves' `wrap_class` fields, base64; at most 64.
+        wraps: Vec<String>,
+        /// Why, for the log.
+        reason: String,
+    },
+}
+
+/// Answer to [`Op::WorkspaceKeyCreate`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct KeyCreated {
+    /// Signed [`Identity`].
+    pub identity: String,
+}
+
+/// What the KMS says of a workspace's identity.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Identity {
+    /// The workspace.
+    pub workspace: WorkspaceId,
+    /// Its account.
+    pub account: AccountId,
+    /// Ed25519 public key of its guest's identity, hex.
+    pub identity_pub: String,
+    /// Version of the workspace's key.
+    pub key_version: u32,
+}
+
+/// What warden says of a process that asks for a key.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Attestation {
+    /// The machine.
+    pub host: HostId,
+    /// The workspace.
+    pub workspace: WorkspaceId,
+    /// The start.
+    pub start_id: StartId,
+    /// What for.
+    pub purpose: Purpose,
+    /// The lease's nonce.
+    pub nonce: String,
+    /// X25519 public key that the process made, hex.
+    pub hpke_pub: String,
+    /// SHA-256 of its executable, hex.
+    pub measurement: String,
+    /// When, ms since the epoch.
+    pub time_ms: u64,
+}
+
+/// Answer to [`Op::Release`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Released {
+    /// HPKE ciphertext of a [`Grant`], base64.
+    pub sealed: String,
+    /// Its associated data, hex: SHA-256 of the receipt's leaf.
+    pub aad: String,
+}
+
+/// What a release holds. Exists in clear only in the KMS and in the attested process.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Grant {
+    /// The workspace.
+    pub workspace: WorkspaceId,
+    /// The start.
+    pub start_id: StartId,
+    /// The disk's key: HKDF(workspace key, purpose, object, version), 32 bytes, hex.
+    pub disk_key: String,
+    /// Seed of the guest's Ed25519 identity, 32 bytes, hex.
+    pub identity_seed: String,
+    /// SHA-256 of the guest's config, from the lease.
+    pub config_digest: String,
+    /// Mint's key, for token states; hex.
+    pub mint_key: String,
+    /// Mint's gateway-token key; hex.
+    pub gateway_key: String,
+    /// The edge's identity key; hex.
+    pub edge_key: String,
+}
+
+/// Answer to [`Op::Destroy`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Destroyed {
+    /// Signed [`Erasure`].
+    pub receipt: String,
+}
+
+/// The erasure receipt (DSK-4, KMS-4).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Erasure {
+    /// The workspace.
+    pub workspace: WorkspaceId,
+    /// Versions of its key that existed.
+    pub key_versions: u32,
+    /// SHA-256 of the wrapped key record that was erased, hex.
+    pub record_digest: String,
+    /// The last epoch whose root could have unwrapped it; its secret is destroyed.
+    pub epoch_destroyed: u64,
+    /// The epoch now.
+    pub epoch_now: u64,
+    /// When, ms since the epoch.
+    pub time_ms: u64,
+}
+
+/// How the KMS is unsealed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Unseal {
+    /// A file beside the ciphertext: a first run, not protection (KMS-2 is `not_yet`).
+    File,
+    /// A passphrase that an operator types.
+    Passphrase,
+}
+
+/// The KMS's state, without secrets.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Status {
+    /// No key is to be had until it is unsealed.
+    pub sealed: bool,
+    /// How it is unsealed.
+    pub unseal: Unseal,
+    /// The epoch.
+    pub epoch: u64,
+    /// Living workspace keys.
+    pub workspace_keys: u64,
+    /// Releases since it started.
+    pub releases: u64,
+    /// Refusals since it started.
+    pub refusals: u64,
+}

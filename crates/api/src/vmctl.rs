@@ -1,0 +1,72 @@
+//! vmctl's sockets: one VM's control channel, behind a closed enum. Nothing here reads guest
+//! memory, and no caller's text reaches the VMM.
+
+use serde::{Deserialize, Serialize};
+
+/// A request to vmctl, from host.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Op {
+    /// Answer: [`Status`].
+    Status,
+    /// Brings the guest to "agent answers, rehearsed, no identity, stopped": restores the
+    /// template or boots, as the VM was opened. Answer: [`Status`].
+    Prepare,
+    /// Saves the template to the files the VM was opened with, and stops for good (build VMs
+    /// only). Answer: `true`.
+    Save,
+    /// Attaches the disk that warden handed over, continues the guest and waits until its agent
+    /// is up. Answer: [`crate::agent::Up`].
+    Attach {
+        /// What the agent is told.
+        attach: Box<crate::agent::Attach>,
+        /// How long the agent may take, ms; at most 120,000.
+        wait_ms: u64,
+    },
+    /// Stops the virtual CPUs. Answer: [`Status`].
+    Pause,
+    /// Continues them. Answer: [`Status`].
+    Resume,
+    /// Asks the guest to shut down, waits `grace_ms`, then ends the VMM. Answer: [`Status`].
+    Shutdown {
+        /// At most 60,000 ms; 0 ends it at once.
+        grace_ms: u64,
+    },
+}
+
+/// A message from warden on the second socket; the disk's descriptor comes with it (SCM_RIGHTS).
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "snake_case", deny_unknown_fields)]
+pub enum WardenOp {
+    /// Keep this file for [`Op::Attach`]. Answer: `true`.
+    DiskFd {
+        /// Size of the file, bytes.
+        size_bytes: u64,
+    },
+}
+
+/// How far the VM is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VmState {
+    /// Nothing ran yet.
+    Created,
+    /// Restored or booted, rehearsed, stopped, without identity.
+    Pooled,
+    /// A workspace runs.
+    Running,
+    /// A workspace, stopped with its memory.
+    Paused,
+    /// The guest is gone.
+    Exited,
+}
+
+/// Answer to [`Op::Status`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// How far the VM is.
+    pub vm: VmState,
+    /// Why it exited, if it did: `shutdown`, `panic`, `reset`, `lost`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}

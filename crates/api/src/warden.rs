@@ -1,0 +1,218 @@
+//! Warden's socket: root, behind a closed enum of ids and numbers. No field here becomes a path
+//! or a command.
+
+use model::{HostId, Purpose, StartId, WorkspaceId};
+use serde::{Deserialize, Serialize};
+
+/// An image's id: SHA-256 of the erofs file, hex.
+pub type ImageId = String;
+
+/// A request to warden.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Op {
+    /// Answer: [`Status`].
+    Status,
+    /// Makes slot `slot`: netns, tap, jail, cgroup, VMM (not running a guest yet) and vmctl.
+    /// Answer: [`VmOpened`].
+    VmOpen {
+        /// The slot; must be free.
+        slot: u16,
+        /// Restore a template, boot cold, or boot to build a template.
+        how: Start,
+        /// The image.
+        image: ImageId,
+        /// Memory, MiB.
+        memory_mb: u32,
+        /// Virtual CPUs.
+        cpus: u32,
+    },
+    /// After a build VM saved itself: measures the files, makes them read-only and root's, and
+    /// signs the manifest. Closes the slot. Answer: `true`.
+    TemplateSeal {
+        /// The build slot.
+        slot: u16,
+    },
+    /// Spawns the workspace's disk process on the slot and attests it. Answer: [`DiskOpened`].
+    DiskOpen {
+        /// The slot; must hold a VM without a disk.
+        slot: u16,
+        /// The workspace.
+        workspace: WorkspaceId,
+        /// The start.
+        start_id: StartId,
+        /// What the key is for.
+        purpose: Purpose,
+        /// The lease's nonce, 32 bytes hex.
+        nonce: String,
+        /// Size of the volume, MiB.
+        disk_mb: u32,
+        /// Disk bandwidth, bytes/s.
+        bytes_per_s: u64,
+        /// Disk operations/s.
+        ops_per_s: u64,
+    },
+    /// Gives the disk process its sealed grant; it opens (or, if the disk is new, formats) the
+    /// volume; the file goes to vmctl. Answer: `true`.
+    DiskGrant {
+        /// The slot.
+        slot: u16,
+        /// `kms::Released::sealed`.
+        sealed: String,
+        /// `kms::Released::aad`.
+        aad: String,
+    },
+    /// Replaces the slot's firewall triples, atomically. Answer: `true`.
+    NetSet {
+        /// The slot.
+        slot: u16,
+        /// What is open; nothing else is.
+        open: Vec<Open>,
+    },
+    /// Ends everything on the slot: disk, VMM, vmctl, tap, rules, cgroup. Idempotent.
+    /// Answer: `true`.
+    SlotClose {
+        /// The slot.
+        slot: u16,
+    },
+    /// Removes the workspace's disk file. Idempotent. Answer: `true`.
+    DiskErase {
+        /// The workspace; must not be on a slot.
+        workspace: WorkspaceId,
+    },
+    /// Answer: [`Counters`].
+    Counters {
+        /// The slot.
+        slot: u16,
+    },
+}
+
+/// How a VM comes up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Start {
+    /// From the template of (VMM, kernel, image, memory, cpus).
+    Template,
+    /// Cold boot.
+    Cold,
+    /// Cold boot with shared memory, to be saved as the template.
+    Build,
+}
+
+/// Who may send to a port of the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Source {
+    /// The edge.
+    Edge,
+    /// The workspace on this slot.
+    Slot(u16),
+}
+
+/// One opened (source, port).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Open {
+    /// From whom.
+    pub source: Source,
+    /// To which TCP port.
+    pub port: u16,
+}
+
+/// Answer to [`Op::VmOpen`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmOpened {
+    /// The guest's IPv4 address.
+    pub ip: String,
+    /// Prefix length of its network.
+    pub prefix: u8,
+    /// Its gateway.
+    pub gateway: String,
+    /// Its MAC address.
+    pub mac: String,
+}
+
+/// Answer to [`Op::DiskOpen`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DiskOpened {
+    /// Signed `kms::Attestation`.
+    pub attestation: String,
+    /// There was no disk file yet.
+    pub fresh: bool,
+}
+
+/// What a slot holds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Slot {
+    /// The slot.
+    pub slot: u16,
+    /// The workspace, once a disk is there.
+    pub workspace: Option<WorkspaceId>,
+    /// The start.
+    pub start_id: Option<StartId>,
+    /// How far it is.
+    pub state: SlotState,
+    /// How it came up.
+    pub how: Start,
+    /// The image.
+    pub image: ImageId,
+    /// Memory, MiB.
+    pub memory_mb: u32,
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// The VMM's process id on the host.
+    pub vmm_pid: u32,
+    /// The disk process's.
+    pub disk_pid: Option<u32>,
+    /// vmctl's.
+    pub vmctl_pid: u32,
+    /// The guest's address.
+    pub net: VmOpened,
+}
+
+/// How far a slot is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SlotState {
+    /// A VM without identity.
+    Open,
+    /// The disk process waits for its key.
+    DiskWaits,
+    /// The disk is with the VMM.
+    DiskAttached,
+    /// Something of it died; close it.
+    Dead,
+}
+
+/// Answer to [`Op::Status`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Status {
+    /// This machine.
+    pub host: HostId,
+    /// `v1` or `v2`.
+    pub cgroup: String,
+    /// Slots in use.
+    pub slots: Vec<Slot>,
+    /// Templates that are sealed, as (image, memory MiB, cpus).
+    pub templates: Vec<(ImageId, u32, u32)>,
+    /// What of the jail this kernel can't do, one line each; empty is good.
+    pub weakened: Vec<String>,
+}
+
+/// Answer to [`Op::Counters`]. Numbers only: nothing of what was sent (SEE-2, SEE-4).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counters {
+    /// Packets towards the guest that the firewall dropped.
+    pub in_dropped_packets: u64,
+    /// Packets from the guest that the firewall dropped.
+    pub out_dropped_packets: u64,
+    /// Packets handed to the tap towards the guest.
+    pub in_packets: u64,
+    /// Packets from the guest.
+    pub out_packets: u64,
+    /// CPU time of the VMM's cgroup, ns.
+    pub cpu_ns: u64,
+    /// Memory of the VMM's cgroup, bytes.
+    pub memory_bytes: u64,
+    /// Bytes allocated to the disk file.
+    pub disk_bytes: u64,
+}
