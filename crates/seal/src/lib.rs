@@ -29,6 +29,8 @@ pub mod limits;
 pub mod random;
 pub mod secret;
 pub mod sign;
+#[cfg(feature = "tls")]
+pub mod tls;
 pub mod xts;
 
 pub use error::SealError;

@@ -22,6 +22,8 @@ pub const SECRET_HEAP_MAX_BYTES: usize = 64 * 1024 * 1024;
 pub const CERT_BACKDATE_S: u64 = 300;
 /// Longest life of a leaf certificate, in seconds (398 days, the browsers' bound).
 pub const CERT_TTL_MAX_S: u64 = 398 * 86_400;
+/// Life of a local CA certificate, in seconds (10 years).
+pub const CA_TTL_MAX_S: u64 = 3650 * 86_400;
 /// Most DNS names and addresses in one certificate.
 pub const CERT_NAMES_MAX: usize = 100;
 
