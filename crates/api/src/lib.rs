@@ -17,7 +17,7 @@ pub mod rpc;
 pub mod vmctl;
 pub mod warden;
 
-pub use error::{Error, ErrorCode};
+pub use error::{Error, ErrorCode, Result};
 
 /// Context strings of every signed document: a document of one kind never passes as another.
 pub mod context {
