@@ -3,8 +3,21 @@
 use model::{AccountId, HostId, Purpose, StartId, WorkspaceId};
 use serde::{Deserialize, Serialize};
 
+/// Events of an intent that a client's assertion may back a release with.
+pub const RELEASE_EVENTS: &[&str] = &[
+    "workspace.create",
+    "workspace.start",
+    "workspace.restart",
+    "workspace.resume",
+    "workspace.wake",
+];
+/// Events of an intent that a standing policy (`restart`) may back a release with.
+pub const RELEASE_EVENTS_POLICY: &[&str] = &["workspace.restart", "workspace.wake"];
+/// The event of an intent that makes a workspace's key.
+pub const CREATE_EVENT: &str = "workspace.create";
+
 /// A request to the KMS.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Op {
     /// Makes the workspace's key. `receipt` proves an intent `workspace.create` under a client's
@@ -51,6 +64,29 @@ pub enum Op {
         /// Why, for the log.
         reason: String,
     },
+}
+
+impl Op {
+    /// The operation's name, as on the wire.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::WorkspaceKeyCreate { .. } => "workspace_key_create",
+            Self::Release { .. } => "release",
+            Self::Destroy { .. } => "destroy",
+            Self::Status => "status",
+            Self::Unseal { .. } => "unseal",
+            Self::Rotate => "rotate",
+            Self::LogOpen { .. } => "log_open",
+        }
+    }
+}
+
+/// The name only: fields may hold a passphrase or a confidential receipt.
+impl std::fmt::Debug for Op {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
 }
 
 /// Answer to [`Op::WorkspaceKeyCreate`].
@@ -150,6 +186,31 @@ pub struct Erasure {
     pub epoch_now: u64,
     /// When, ms since the epoch.
     pub time_ms: u64,
+}
+
+impl Erasure {
+    /// Whether the statement is one of an erasure: what its signature can't say. A verifier needs
+    /// nothing but this and the signature (context [`crate::context::ERASURE`], key `kms.pub`).
+    ///
+    /// # Errors
+    /// What contradicts an erasure.
+    pub fn check(&self) -> Result<(), &'static str> {
+        if self.epoch_now <= self.epoch_destroyed {
+            return Err("the epoch that could open the key is still in force");
+        }
+        if self.key_versions == 0 {
+            return Err("no version of a key is named");
+        }
+        if self.record_digest.len() != 64
+            || !self
+                .record_digest
+                .bytes()
+                .all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+        {
+            return Err("record_digest is no SHA-256 in hex");
+        }
+        Ok(())
+    }
 }
 
 /// How the KMS is unsealed.
