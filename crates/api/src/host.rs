@@ -68,6 +68,9 @@ pub struct Desired {
     /// runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease: Option<serde_json::Value>,
+    /// That lease in clear: what host tells warden. The KMS compares it with the receipt.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start: Option<crate::audit::Lease>,
     /// Signed `mint::TokenState`.
     pub token_state: String,
 }
