@@ -245,7 +245,8 @@ pub fn commitment(salt: &[u8; SALT_BYTES], payload: &[u8]) -> Hash {
 
 /// The blinded tag of an account in one class's log:
 /// HMAC-SHA-256(`blinding_key`, "casemate/leaf/account/v1" || 0x00 || class || `account_id`).
-/// Tags of one account differ between logs.
+/// Tags of one account differ between logs. Entries that concern no account take the tag of the
+/// empty id, and so are numbered too.
 pub fn account_tag(blinding_key: &[u8; 32], class: Class, account_id: &str) -> [u8; 32] {
     hmac_sha256(
         blinding_key,

@@ -16,6 +16,7 @@ use crate::merkle::{Hash, ProofError, inclusion_verify, leaf_hash};
 use crate::note::{Signed, Verifier};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use seal::hash::sha256;
 use seal::sign::VerifyingKey;
 use serde::{Deserialize, Serialize};
 
@@ -67,6 +68,8 @@ pub struct VerifiedReceipt {
     pub account_tag: [u8; 32],
     /// Its number among that account's entries.
     pub account_seq: u64,
+    /// SHA-256 of the entry's bytes: names it in what is bound to it.
+    pub leaf_sha256: Hash,
     /// The trusted witnesses that cosigned the checkpoint.
     pub cosignatures: Vec<Signed>,
 }
@@ -175,6 +178,7 @@ impl Receipt {
             root: checkpoint.root,
             account_tag: leaf.account_tag,
             account_seq: leaf.account_seq,
+            leaf_sha256: sha256(&leaf_bytes),
             cosignatures,
         })
     }

@@ -78,6 +78,26 @@ fn a_pruned_log_is_clean_and_still_bound_by_its_root() {
 }
 
 #[test]
+fn a_log_pruned_to_its_end_is_clean_and_grows_on() {
+    for size in [256, 1_000, 1_024] {
+        let mut log = Log::of(size);
+        log.publish(size);
+        for tile in tiles_prunable(0, size, size) {
+            log.files.0.remove(&tile.path());
+        }
+        let report = check(&log.files);
+        assert!(report.is_clean(), "{size}: {:?}", report.faults);
+        assert_eq!(report.entries, size % 256);
+        for _ in 0..300 {
+            log.append_next();
+        }
+        log.publish(size);
+        let report = check(&log.files);
+        assert!(report.is_clean(), "{size}: {:?}", report.faults);
+    }
+}
+
+#[test]
 fn a_prefix_that_was_not_pruned_is_missing() {
     let mut log = Log::of(1_000);
     log.files.0.remove("tile/entries/000");
