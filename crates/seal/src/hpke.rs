@@ -280,3 +280,121 @@ fn derive_private(ikm: &[u8]) -> Zeroizing<[u8; 32]> {
     kdf::hkdf_expand(&prk, &info, private.as_mut_slice());
     private
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use ::hpke::{Deserializable, Kem, OpModeR, OpModeS, Serializable};
+    use proptest::prelude::*;
+
+    type OracleKem = ::hpke::kem::X25519HkdfSha256;
+    type OracleKdf = ::hpke::kdf::HkdfSha256;
+    type OracleAead = ::hpke::aead::AesGcm256;
+
+    #[test]
+    fn key_derivation_is_rfc_9180s() {
+        // RFC 9180, A.1.1: ikmR, skRm, pkRm.
+        let seed: [u8; 32] =
+            hex::decode("6db9df30aa07dd42ee5e8181afdb977e538f5e1fec8a06223f33f7013e525037")
+                .unwrap()
+                .try_into()
+                .unwrap();
+        assert_eq!(
+            hex::encode(derive_private(&seed)),
+            "4612c550263fc8ad58375df3f557aac531d26850903e55a9f23f21d8534e8ac8"
+        );
+        assert_eq!(
+            SecretKey::from_seed(&seed).public().to_hex(),
+            "3948cfe0ad1ddb695d780e59077195da6c56506b027329794ab02bca80815c4d"
+        );
+    }
+
+    #[test]
+    fn keys_have_one_text_and_no_small_order() {
+        let public = SecretKey::generate().public();
+        assert_eq!(PublicKey::from_hex(&public.to_hex()).unwrap(), public);
+        let json = serde_json::to_string(&public).unwrap();
+        assert_eq!(serde_json::from_str::<PublicKey>(&json).unwrap(), public);
+        assert!(PublicKey::from_hex(&public.to_hex().to_uppercase()).is_err());
+        assert!(PublicKey::from_hex("").is_err() && PublicKey::from_bytes(&[9; 31]).is_err());
+        assert!(PublicKey::from_bytes(&[0; 32]).is_err());
+        for small in [
+            "0100000000000000000000000000000000000000000000000000000000000000",
+            "e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800",
+            "5f9c95bca3508c24b1d0b1559c83ef5b04445cc4581c8e86d8224eddd09f1157",
+            "ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+            "edffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+            "eeffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+        ] {
+            assert!(PublicKey::from_hex(small).is_err(), "{small}");
+        }
+    }
+
+    #[test]
+    fn secrets_are_opened_into_secret_memory_and_have_one_length() {
+        let key = SecretKey::generate();
+        let sealed = seal(&key.public(), b"i", b"a", &[7; 64]);
+        assert_eq!(
+            open_secret::<64>(&key, b"i", b"a", &sealed)
+                .unwrap()
+                .expose(),
+            &[7; 64]
+        );
+        assert!(open_secret::<63>(&key, b"i", b"a", &sealed).is_err());
+        assert!(open_secret::<65>(&key, b"i", b"a", &sealed).is_err());
+        assert!(open_secret::<64>(&key, b"i", b"b", &sealed).is_err());
+        assert!(!format!("{key:?}").contains(&hex::encode([7; 8])));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+        #[test]
+        fn speaks_with_crate_hpke_both_ways(
+            seed: [u8; 32],
+            info in proptest::collection::vec(any::<u8>(), 0..40),
+            aad in proptest::collection::vec(any::<u8>(), 0..40),
+            plaintext in proptest::collection::vec(any::<u8>(), 0..200),
+        ) {
+            let ours = SecretKey::from_seed(&seed);
+            let (their_private, their_public) = OracleKem::derive_keypair(&seed);
+            prop_assert_eq!(their_public.to_bytes().to_vec(), ours.public().to_bytes().to_vec());
+
+            let sealed = seal(&ours.public(), &info, &aad, &plaintext);
+            let (enc, body) = sealed.split_at(32);
+            let enc = <OracleKem as Kem>::EncappedKey::from_bytes(enc).unwrap();
+            let opened = ::hpke::single_shot_open::<OracleAead, OracleKdf, OracleKem>(
+                &OpModeR::Base, &their_private, &enc, &info, body, &aad,
+            )
+            .unwrap();
+            prop_assert_eq!(&opened, &plaintext);
+
+            let (enc, body) = ::hpke::single_shot_seal::<OracleAead, OracleKdf, OracleKem>(
+                &OpModeS::Base, &their_public, &info, &plaintext, &aad,
+            )
+            .unwrap();
+            let sealed = [enc.to_bytes().as_slice(), &body].concat();
+            prop_assert_eq!(&*open(&ours, &info, &aad, &sealed).unwrap(), &plaintext);
+        }
+
+        #[test]
+        fn refuses_any_change(
+            plaintext in proptest::collection::vec(any::<u8>(), 0..100),
+            at: prop::sample::Index,
+            flip in 1u8..,
+        ) {
+            let key = SecretKey::generate();
+            let sealed = seal(&key.public(), b"info", b"aad", &plaintext);
+            prop_assert_eq!(sealed.len(), plaintext.len() + OVERHEAD_BYTES);
+            let at = at.index(sealed.len());
+            let mut bad = sealed.clone();
+            bad[at] ^= flip;
+            // X25519 ignores the top bit of `enc`, but HPKE hashes all of it into the key.
+            prop_assert!(open(&key, b"info", b"aad", &bad).is_err());
+            prop_assert!(open(&key, b"info", b"aad", &sealed[..at]).is_err());
+            prop_assert!(open(&key, b"infp", b"aad", &sealed).is_err());
+            prop_assert!(open(&key, b"info", b"aae", &sealed).is_err());
+            prop_assert!(open(&SecretKey::generate(), b"info", b"aad", &sealed).is_err());
+        }
+    }
+}

@@ -91,8 +91,13 @@ pub fn peek_aud(token: &str) -> Option<String> {
 
 fn verify_signature(token: &str, keys: &[VerifyingKey]) -> Result<Vec<u8>, JwtError> {
     let (header, payload, signature) = split(token)?;
-    let decoded: Header = json::parse_as(&decode(header)?)
-        .map_err(|_| JwtError::Invalid("the header must be exactly alg, typ and kid"))?;
+    let decoded = json::parse_strict(&decode(header)?)
+        .ok()
+        .filter(Value::is_object) // serde would take an array for a struct.
+        .and_then(|header| serde_json::from_value::<Header>(header).ok())
+        .ok_or(JwtError::Invalid(
+            "the header must be exactly alg, typ and kid",
+        ))?;
     if decoded.alg != "EdDSA" {
         return Err(JwtError::Invalid("alg must be EdDSA"));
     }

@@ -343,3 +343,252 @@ impl<'de> Deserialize<'de> for Signed {
         Self::parse(text).map_err(serde::de::Error::custom)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+
+    const LEASE: &str = "casemate lease v1";
+
+    fn unhex<const N: usize>(text: &str) -> [u8; N] {
+        hex::decode(text).unwrap().try_into().unwrap()
+    }
+
+    /// RFC 8032, 7.1, tests 1 to 3.
+    #[test]
+    fn signatures_are_rfc_8032s() {
+        for (seed, public, message, signature) in [
+            (
+                "9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60",
+                "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a",
+                "",
+                "e5564300c360ac729086e2cc806e828a84877f1eb8e5d974d873e065224901555\
+                 fb8821590a33bacc61e39701cf9b46bd25bf5f0595bbe24655141438e7a100b",
+            ),
+            (
+                "4ccd089b28ff96da9db6c346ec114e0f5b8a319f35aba624da8cf6ed4fb8a6fb",
+                "3d4017c3e843895a92b70aa74d1b7ebc9c982ccf2ec4968cc0cd55f12af4660c",
+                "72",
+                "92a009a9f0d4cab8720e820b5f642540a2b27b5416503f8fb3762223ebdb69da\
+                 085ac1e43e15996e458f3613d0f11d8c387b2eaeb4302aeeb00d291612bb0c00",
+            ),
+            (
+                "c5aa8df43f9f837bedb7442f31dcb7b166d38535076f094b85ce3a2e0b4458f7",
+                "fc51cd8e6218a1a38da47ed00230f0580816ed13ba3303ac5deb911548908025",
+                "af82",
+                "6291d657deec24024827e69c3abe01a30ce548a284743a445e3680d7db5ac3ac\
+                 18ff9b538d16f290ae67f760984dc6594a7c15e9716ed28dc027beceea1ec40a",
+            ),
+        ] {
+            let key = SigningKey::from_seed(&unhex(seed));
+            let message = hex::decode(message).unwrap();
+            assert_eq!(key.public().to_hex(), public);
+            assert_eq!(hex::encode(*key.seed()), seed);
+            assert_eq!(hex::encode(key.sign_raw(&message)), signature);
+            key.public()
+                .verify_raw(&message, &unhex::<64>(signature))
+                .unwrap();
+            assert!(
+                key.public()
+                    .verify_raw(b"other", &unhex::<64>(signature))
+                    .is_err()
+            );
+        }
+    }
+
+    #[test]
+    fn a_signature_with_s_beyond_the_group_order_is_refused() {
+        let key = SigningKey::generate();
+        let mut signature = key.sign_raw(b"m");
+        // s + L verifies in a lax implementation: a second signature of the same message.
+        let order: [u8; 32] =
+            unhex("edd3f55c1a631258d69cf7a2def9de1400000000000000000000000000000010");
+        let mut carry = 0;
+        for (byte, add) in signature[32..].iter_mut().zip(order) {
+            let sum = u16::from(*byte) + u16::from(add) + carry;
+            *byte = sum as u8;
+            carry = sum >> 8;
+        }
+        assert!(key.public().verify_raw(b"m", &signature).is_err());
+        assert!(key.public().verify_raw(b"m", &signature[..63]).is_err());
+        assert!(key.public().verify_raw(b"m", &[]).is_err());
+    }
+
+    #[test]
+    fn keys_have_one_text_and_no_small_order() {
+        let key = SigningKey::generate();
+        let public = key.public();
+        assert_eq!(VerifyingKey::from_hex(&public.to_hex()).unwrap(), public);
+        assert_eq!(public.to_hex().parse::<VerifyingKey>().unwrap(), public);
+        let json = serde_json::to_string(&public).unwrap();
+        assert_eq!(serde_json::from_str::<VerifyingKey>(&json).unwrap(), public);
+        assert_eq!(
+            public.key_id(),
+            hex::encode(&hash::sha256(public.as_bytes())[..4])
+        );
+        for bad in [
+            "",
+            "00",
+            &public.to_hex().to_uppercase(),
+            &format!("{public} "),
+            &"g".repeat(64),
+        ] {
+            assert!(VerifyingKey::from_hex(bad).is_err() || bad == public.to_hex());
+        }
+        let point = |first: u8, rest: u8, last: u8| {
+            let mut bytes = [rest; 32];
+            (bytes[0], bytes[31]) = (first, last);
+            bytes
+        };
+        for small in [
+            point(0, 0, 0),
+            point(0, 0, 0x80),
+            point(1, 0, 0),
+            point(1, 0, 0x80),
+            point(0xec, 0xff, 0x7f),
+            point(0xec, 0xff, 0xff),
+            point(0xed, 0xff, 0x7f),
+            point(0xee, 0xff, 0xff),
+            unhex("26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05"),
+            unhex("26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc85"),
+            unhex("c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a"),
+            unhex("c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac03fa"),
+        ] {
+            assert!(
+                VerifyingKey::from_bytes(&small).is_err(),
+                "{}",
+                hex::encode(small)
+            );
+        }
+        assert_eq!(
+            format!("{key:?}"),
+            format!("SigningKey({})", public.key_id())
+        );
+    }
+
+    #[test]
+    fn a_document_of_one_kind_is_no_other() {
+        let key = SigningKey::generate();
+        let lease = Signed::new(&key, LEASE, &json!({"workspace": "ws_1"}));
+        let read: Value = lease.verify(&key.public(), LEASE).unwrap();
+        assert_eq!(read["workspace"], "ws_1");
+        assert!(
+            lease
+                .verify::<Value>(&key.public(), "casemate receipt v1")
+                .is_err()
+        );
+        assert!(
+            lease
+                .verify::<Value>(&SigningKey::generate().public(), LEASE)
+                .is_err()
+        );
+        assert!(matches!(
+            lease.verify::<u64>(&key.public(), LEASE),
+            Err(SealError::Malformed { .. })
+        ));
+        assert_eq!(lease.digest(), hash::sha256(lease.as_str().as_bytes()));
+        assert!(!format!("{lease:?}").contains(lease.as_str().split('.').nth(2).unwrap()));
+        let json = serde_json::to_string(&lease).unwrap();
+        assert_eq!(serde_json::from_str::<Signed>(&json).unwrap(), lease);
+    }
+
+    #[test]
+    fn only_the_one_form_is_read() {
+        let key = SigningKey::generate();
+        let good = Signed::new(&key, LEASE, &"payload").to_string();
+        let words: Vec<&str> = good.split('.').collect();
+        let [version, kid, payload, signature] = words[..] else {
+            panic!("four words")
+        };
+        for bad in [
+            String::new(),
+            "...".into(),
+            format!("{good}."),
+            format!("{good}.x"),
+            format!(".{good}"),
+            format!(" {good}"),
+            format!("{good}\n"),
+            format!("{good}="),
+            format!("{version}.{kid}.{payload}"),
+            format!("v2.{kid}.{payload}.{signature}"),
+            format!("V1.{kid}.{payload}.{signature}"),
+            format!("{version}.{}.{payload}.{signature}", &kid[1..]),
+            format!("{version}.{kid}0.{payload}.{signature}"),
+            format!("{version}.ABCDEF01.{payload}.{signature}"),
+            format!("{version}.{kid}.{payload}=.{signature}"),
+            format!("{version}.{kid}.{payload}+.{signature}"),
+            format!("{version}.{kid}.{payload}.{}", &signature[1..]),
+            // 64 bytes are 86 digits, of which the last carries two bits: B differs from A only
+            // in bits that must be zero.
+            format!("{version}.{kid}.{payload}.{}B", &signature[..85]),
+            format!(
+                "{version}.{kid}.{}.{signature}",
+                "A".repeat(SIGNED_MAX_BYTES)
+            ),
+        ] {
+            assert!(Signed::parse(bad.clone()).is_err(), "{bad}");
+            assert!(serde_json::from_value::<Signed>(json!(bad)).is_err());
+        }
+        // Well-formed, but signed as something else or with other words.
+        let other = VerifyingKey::from_bytes(&[2; 32]).unwrap().key_id();
+        let renamed = Signed::parse(format!("{version}.{other}.{payload}.{signature}")).unwrap();
+        assert!(renamed.verify::<String>(&key.public(), LEASE).is_err());
+    }
+
+    #[test]
+    fn a_signed_payload_with_duplicate_keys_or_too_long_is_refused() {
+        let key = SigningKey::generate();
+        let payload = br#"{"a":1,"a":2}"#;
+        let text = format!(
+            "v1.{}.{}.{}",
+            key.public().key_id(),
+            URL_SAFE_NO_PAD.encode(payload),
+            URL_SAFE_NO_PAD.encode(key.sign_raw(&message(LEASE, payload))),
+        );
+        let signed = Signed::parse(text).unwrap();
+        assert!(signed.verify::<Value>(&key.public(), LEASE).is_err());
+        let long = "x".repeat(SIGNED_MAX_BYTES);
+        assert!(matches!(
+            Signed::try_new(&key, LEASE, &long),
+            Err(SealError::TooLarge { .. })
+        ));
+    }
+
+    proptest! {
+        #[test]
+        fn any_change_of_the_text_is_refused(
+            payload in proptest::collection::btree_map("[a-z]{1,4}", any::<i64>(), 0..5),
+            at: prop::sample::Index,
+            with in "[ -~]",
+        ) {
+            let key = SigningKey::from_seed(&[3; 32]);
+            let signed = Signed::new(&key, LEASE, &payload);
+            let back: std::collections::BTreeMap<String, i64> =
+                signed.verify(&key.public(), LEASE).unwrap();
+            prop_assert_eq!(back, payload);
+            let text = signed.as_str();
+            let at = at.index(text.len());
+            let changed = format!("{}{with}{}", &text[..at], &text[at + 1..]);
+            let inserted = format!("{}{with}{}", &text[..at], &text[at..]);
+            for bad in [changed, inserted, text[..at].to_owned()] {
+                if bad == text {
+                    continue;
+                }
+                let verified = Signed::parse(bad)
+                    .and_then(|signed| signed.verify::<Value>(&key.public(), LEASE));
+                prop_assert!(verified.is_err());
+            }
+        }
+
+        #[test]
+        fn parsing_never_panics(text in "(v1)?[.a-f0-9A-Z_=-]{0,60}(\\.[a-zA-Z0-9_-]{86})?") {
+            if let Ok(signed) = Signed::parse(text) {
+                let key = SigningKey::from_seed(&[3; 32]).public();
+                prop_assert!(signed.verify::<Value>(&key, LEASE).is_err());
+            }
+        }
+    }
+}

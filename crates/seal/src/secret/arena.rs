@@ -141,6 +141,10 @@ mod tests {
         // What a debugger would do.
         let memory = std::fs::File::open("/proc/self/mem").unwrap();
         let mut stolen = [0; 4];
+        memory
+            .read_exact_at(&mut stolen, b"open".as_ptr() as u64)
+            .unwrap();
+        assert_eq!(&stolen, b"open");
         let at = arena.as_slice().as_ptr() as u64;
         assert!(memory.read_exact_at(&mut stolen, at).is_err());
         assert_ne!(&stolen, b"mine");

@@ -33,10 +33,12 @@ pub fn install_secret_heap(bytes: usize) -> Result<(), SealError> {
     if !(SECRET_HEAP_MIN_BYTES..=SECRET_HEAP_MAX_BYTES).contains(&bytes) {
         return Err(wrong("its size must be from 64 KiB to 64 MiB"));
     }
-    let heap = Mutex::new(Heap::new(SecretArena::new(bytes)?));
-    if HEAP.set(heap).is_err() {
-        return Err(wrong("it is installed already"));
+    let twice = "it is installed already";
+    if HEAP.get().is_some() {
+        return Err(wrong(twice));
     }
+    HEAP.set(Mutex::new(Heap::new(SecretArena::new(bytes)?)))
+        .map_err(|_| wrong(twice))?;
     // SAFETY: the three functions keep malloc's, realloc's and free's contracts (below), call
     // nothing of AWS-LC, and the heap they use is in place.
     let ok = unsafe {
