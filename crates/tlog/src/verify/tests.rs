@@ -3,6 +3,7 @@ use super::*;
 use crate::note::{Note, Signature};
 use crate::testing::{CLASS, Files, Log, ORIGIN, TIME_MS, leaf_with, signing_key, witness};
 use crate::tile::tiles_prunable;
+use expect_test::expect;
 use proptest::prelude::*;
 use std::sync::LazyLock;
 
@@ -284,6 +285,69 @@ fn a_checkpoint_over_an_absurd_size_ends_soon() {
         .insert("checkpoint".into(), huge.encode().into());
     let report = check(&log.files);
     assert!(!report.is_clean() && report.faults.len() <= FAULTS_MAX);
+}
+
+#[test]
+fn a_consistent_rewrite_without_the_logs_key_is_found() {
+    let honest = Log::of(700);
+    let rewrite = |skip: Option<u64>, size: u64| {
+        let mut forged = Log::new();
+        for i in 0..size {
+            let time = TIME_MS + i * 10;
+            let (mut leaf, _) = leaf_with(CLASS, (i % 3) as u8, time, i / 3, b"");
+            leaf.commitment[0] ^= u8::from(skip == Some(i));
+            forged.append(&leaf);
+        }
+        forged.publish(0);
+        forged
+            .files
+            .0
+            .insert("checkpoint".into(), honest.files.0["checkpoint"].clone());
+        forged.files
+    };
+    // Every tile fits the forged entries; only the signed root does not.
+    assert_eq!(kinds(&check(&rewrite(Some(5), 700))), [FaultKind::BadRoot]);
+    // The tail cut off, tiles and all.
+    let report = check(&rewrite(None, 600));
+    assert!(
+        kinds(&report).contains(&FaultKind::Missing),
+        "{:?}",
+        report.faults
+    );
+    // The whole log signed again with the forger's own key.
+    let mut forged = Log::of(700);
+    forged.key = signing_key(66);
+    forged.publish(0);
+    assert_eq!(kinds(&check(&forged.files)), [FaultKind::BadSignature]);
+}
+
+#[test]
+fn the_directory_is_frozen() {
+    let log = Log::of(300);
+    let files: Vec<String> = log
+        .files
+        .0
+        .iter()
+        .filter(|(path, _)| *path != "checkpoint")
+        .map(|(path, bytes)| {
+            let sum = hex::encode(seal::hash::sha256(bytes));
+            format!("{path} {} {}", bytes.len(), &sum[..16])
+        })
+        .collect();
+    let checkpoint = String::from_utf8(log.files.0["checkpoint"].clone()).unwrap();
+    expect![[r#"
+        tile/0/000 8192 4e21dfd2c0cc19ac
+        tile/0/001.p/44 1408 98549f3e46ff6f8c
+        tile/1/000.p/1 32 a7eae87b71680f4d
+        tile/entries/000 67218 47fe32e62041f056
+        tile/entries/001.p/44 11572 a943b192913955ac
+
+        casemate.local/lab/host
+        300
+        k4f19SLrWMUoSLjshr7gcJrPrSBNSgxeOLZHDyGkl8Q=
+
+        — casemate.local/lab/host 7XEncCf47ZxJqrn/U/8snIitthDUSyLRBM43m0jD74cSi25OK2p2IqXsx3pO9uG18myAGlRPKnSMSAKExnNUcoVM+Q8=
+    "#]].assert_eq(&format!("{}\n\n{checkpoint}", files.join("\n")));
 }
 
 /// The logs that are mutated below: small, full-tile and pruned ones, without stale partials.
