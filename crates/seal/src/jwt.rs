@@ -36,7 +36,8 @@ struct Header {
     kid: String,
 }
 
-/// Signs `claims`, which should hold `exp`, `aud` and `jti`, or no verifier takes the token.
+/// Signs `claims`. Unless they hold `exp`, `aud` and `jti` and stay well below 4 KiB, no verifier
+/// takes the token.
 ///
 /// # Panics
 /// If the claims can't be a JSON object: a bug in their type.

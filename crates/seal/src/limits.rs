@@ -27,5 +27,5 @@ pub const CA_TTL_MAX_S: u64 = 3650 * 86_400;
 /// Most DNS names and addresses in one certificate.
 pub const CERT_NAMES_MAX: usize = 100;
 
-const _: () = assert!(XTS_SECTOR_BYTES % 512 == 0 && XTS_TWEAK_UNITS_PER_SECTOR == 8);
+const _: () = assert!(XTS_SECTOR_BYTES.is_multiple_of(512) && XTS_TWEAK_UNITS_PER_SECTOR == 8);
 const _: () = assert!(SECRET_HEAP_MIN_BYTES < SECRET_HEAP_MAX_BYTES);

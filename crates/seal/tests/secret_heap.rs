@@ -78,7 +78,19 @@ fn scan(needle: &Needle) -> (usize, usize) {
 #[test]
 fn keys_can_not_be_read_from_memory() {
     harden_process().unwrap();
+    // Without the heap the scanner finds the key in the schedule: it looks for the right thing.
+    let early_key = SecretBytes::<64>::random();
+    let early = Xts::new(early_key.expose()).unwrap();
+    let needle = Needle::new(&early_key.expose()[..32]);
+    drop(early_key);
+    assert!(
+        scan(&needle).0 >= 1,
+        "an XTS key schedule starts with the key"
+    );
+
     install_secret_heap(1 << 20).unwrap();
+    drop(early); // From before: neither a crash nor the arena's.
+    assert_eq!(secret_heap_use().unwrap().used_bytes, 0);
     assert!(install_secret_heap(1 << 20).is_err(), "once only");
 
     // The scanner finds what lies open.

@@ -20,7 +20,8 @@ const GRANULE_BYTES: usize = 64;
 ///
 /// Call it once, first thing in `main`: what AWS-LC allocated before stays in ordinary memory (and
 /// is never freed). 1 MiB serves a process with a few ciphers and private keys; mind
-/// `RLIMIT_MEMLOCK`. When it is full the process aborts.
+/// `RLIMIT_MEMLOCK`. When it is full the process aborts. A forked child has no such heap, so it
+/// must `execve` before it uses cryptography (`std::process::Command` does).
 ///
 /// # Errors
 /// If `bytes` is out of bounds, the kernel refuses (see [`SecretArena::new`]), or a heap is
@@ -150,7 +151,7 @@ impl Heap {
         let offset = ptr as usize - self.base.as_ptr() as usize;
         let first = offset / GRANULE_BYTES;
         let len = self.runs[first];
-        if offset % GRANULE_BYTES != 0 || len == FREE || len == INNER {
+        if !offset.is_multiple_of(GRANULE_BYTES) || len == FREE || len == INNER {
             die("a pointer that was not given out was freed");
         }
         (first, len as usize)

@@ -163,3 +163,85 @@ impl rcgen::SigningKey for CaKey {
         Ok(self.key.sign_raw(message).to_vec())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::tls::{CertChain, provider};
+    use rustls_pki_types::{ServerName, UnixTime};
+    use std::sync::Arc;
+    use tokio_rustls::rustls::client::WebPkiServerVerifier;
+    use tokio_rustls::rustls::client::danger::ServerCertVerifier;
+
+    const NAME: &str = "a.test";
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    fn accepts(anchor: &Identity, chain: &CertChain, after: Duration) -> bool {
+        let roots = Arc::new(roots(&anchor.public()));
+        let verifier = WebPkiServerVerifier::builder_with_provider(roots, provider())
+            .build()
+            .unwrap();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap() + after;
+        let name = ServerName::try_from(NAME).unwrap();
+        let now = UnixTime::since_unix_epoch(now);
+        verifier
+            .verify_server_cert(&chain[0], &chain[1..], &name, &[], now)
+            .is_ok()
+    }
+
+    #[test]
+    fn a_leaf_ends_with_its_ttl() {
+        let identity = Identity::from_seed(&[1; 32]);
+        let (chain, _) = identity.leaf(NAME, HOUR).unwrap();
+        assert!(accepts(&identity, &chain, Duration::ZERO));
+        assert!(accepts(&identity, &chain, HOUR - Duration::from_secs(60)));
+        assert!(!accepts(&identity, &chain, HOUR + Duration::from_secs(60)));
+        assert!(!accepts(
+            &Identity::from_seed(&[2; 32]),
+            &chain,
+            Duration::ZERO
+        ));
+    }
+
+    #[test]
+    fn a_leaf_is_no_ca() {
+        let identity = Identity::from_seed(&[1; 32]);
+        let (chain, key) = identity.leaf("other.test", HOUR).unwrap();
+        // The holder of a leaf for another name issues itself one for this name, in every guise.
+        let forge = |issuer_name: &str| {
+            let mut params = ca_params(issuer_name, Duration::ZERO).unwrap();
+            params.is_ca = IsCa::ExplicitNoCa;
+            let issuer = Issuer::new(params, KeyPair::try_from(&key).unwrap());
+            let own = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).unwrap();
+            leaf_params(vec![NAME.into()], HOUR)
+                .unwrap()
+                .signed_by(&own, &issuer)
+                .unwrap()
+        };
+        for issuer_name in ["casemate", ISSUER] {
+            let forged = vec![forge(issuer_name).into(), chain[0].clone()];
+            assert!(
+                !accepts(&identity, &forged, Duration::ZERO),
+                "{issuer_name}"
+            );
+            assert!(
+                !accepts(&identity, &forged[..1].to_vec(), Duration::ZERO),
+                "{issuer_name}"
+            );
+        }
+    }
+
+    #[test]
+    fn names_of_workspaces_fit() {
+        let identity = Identity::from_seed(&[1; 32]);
+        for name in [
+            "ws_0123456789abcdef",
+            "ws-0123456789abcdef.guest.casemate",
+            "localhost",
+        ] {
+            identity.leaf(name, HOUR).unwrap();
+            ServerName::try_from(name).unwrap();
+        }
+    }
+}
