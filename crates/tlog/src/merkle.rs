@@ -53,7 +53,7 @@ pub enum ProveError {
         new: u64,
     },
     /// A node could not be read.
-    #[error("prove: a node of the tree is unreadable")]
+    #[error("prove: {0}")]
     Read(#[from] ReadError),
 }
 

@@ -110,6 +110,19 @@ fn a_leaf_of_another_class_in_the_log_is_refused() {
     let note = checkpoint.sign(&signing_key(1)).unwrap().encode();
     let receipt = Receipt::new(CLASS, 0, &bytes, &opening, &[], &note);
     assert_eq!(verify(&receipt), Err(ReceiptError::OtherClass));
+    // The other way round: a host leaf, said to be in the host's log, proved by the API's.
+    let api = "casemate.local/lab/api";
+    let (leaf, opening) = leaf_with(CLASS, 0, 1, 0, b"x");
+    let bytes = leaf.encode().unwrap();
+    let note = Checkpoint::new(api, 1, leaf_hash(&bytes))
+        .sign(&signing_key(1))
+        .unwrap()
+        .encode();
+    let receipt = Receipt::new(CLASS, 0, &bytes, &opening, &[], &note);
+    assert_eq!(
+        receipt.verify(&WORLD.key, api),
+        Err(ReceiptError::OtherClass)
+    );
 }
 
 #[test]
