@@ -190,6 +190,9 @@ pub struct Status {
     pub host: HostId,
     /// `v1` or `v2`.
     pub cgroup: String,
+    /// The accelerator in use and why: `tcg: /dev/kvm runs no guest here`.
+    #[serde(default)]
+    pub accel: String,
     /// Slots in use.
     pub slots: Vec<Slot>,
     /// Templates that are sealed, as (image, memory MiB, cpus).
