@@ -1,0 +1,359 @@
+//! The VMs of this machine that are nobody's yet: slots, templates and the pool.
+//!
+//! A claim takes a pooled VM of the right shape, else restores a template, else boots cold; all
+//! three give the same workspace. Templates are built at first need, one at a time, in the
+//! background, and the pool is refilled one VM at a time.
+//!
+//! Must never give one VM to two workspaces, nor take one back: what was claimed is closed.
+
+use crate::limits::{TEMPLATE_RETRY_AFTER, TEMPLATES_WANTED_MAX};
+use crate::peers::Peers;
+use api::warden::{ImageId, Start, VmOpened};
+use api::{Error, ErrorCode};
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
+
+/// What a template is of.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Shape {
+    /// The image.
+    pub image: ImageId,
+    /// Memory, MiB.
+    pub memory_mb: u32,
+    /// Virtual CPUs.
+    pub cpus: u32,
+}
+
+/// A VM without identity that is ready for one.
+#[derive(Debug, Clone)]
+pub struct Spare {
+    /// Its slot.
+    pub slot: u16,
+    /// Its network.
+    pub net: VmOpened,
+    /// `pool`, `template` or `cold`.
+    pub from: &'static str,
+}
+
+/// How many VMs there may be, and which are kept.
+#[derive(Debug, Clone)]
+pub struct Bounds {
+    /// Workspaces that may run at once.
+    pub max_running: u16,
+    /// Pooled VMs wanted.
+    pub pool_size: u32,
+}
+
+/// The VMs that are nobody's yet.
+pub struct Fleet {
+    peers: Peers,
+    bounds: Bounds,
+    pool_shape: watch::Sender<Option<Shape>>,
+    inner: Mutex<Inner>,
+    wake: Notify,
+}
+
+#[derive(Default)]
+struct Inner {
+    /// Slots in use, by whomever.
+    used: BTreeSet<u16>,
+    /// The slot after the one given last: an address is not given again at once.
+    next: u16,
+    /// Slots of workspaces.
+    running: HashSet<u16>,
+    pool: Vec<(Shape, Spare)>,
+    templates: HashSet<Shape>,
+    wanted: VecDeque<Shape>,
+    not_before: HashMap<Shape, Instant>,
+    /// Slots that could not be closed when they had to be.
+    doomed: Vec<u16>,
+}
+
+impl Fleet {
+    /// An empty fleet.
+    #[must_use]
+    pub fn new(peers: Peers, bounds: Bounds) -> Self {
+        Self {
+            peers,
+            bounds,
+            pool_shape: watch::Sender::new(None),
+            inner: Mutex::default(),
+            wake: Notify::new(),
+        }
+    }
+
+    /// Takes a VM for a workspace.
+    ///
+    /// # Errors
+    /// [`ErrorCode::VmUnavailable`] if no more may run, or warden's error.
+    pub async fn claim(&self, shape: &Shape) -> api::Result<Spare> {
+        let pooled = {
+            let mut inner = self.lock();
+            if inner.running.len() >= usize::from(self.bounds.max_running) {
+                return Err(full());
+            }
+            let at = inner.pool.iter().position(|(s, _)| s == shape);
+            let pooled = at.map(|i| inner.pool.swap_remove(i).1);
+            if let Some(spare) = &pooled {
+                inner.running.insert(spare.slot);
+            }
+            pooled
+        };
+        self.wake.notify_one();
+        if let Some(spare) = pooled {
+            return Ok(spare);
+        }
+        let how = if self.lock().templates.contains(shape) {
+            Start::Template
+        } else {
+            self.want_template(shape);
+            Start::Cold
+        };
+        let spare = match self.open(shape, how).await {
+            Err(e) if how == Start::Template => {
+                tracing::warn!(error = %e, detail = e.detail, "restore failed, booting cold");
+                self.open(shape, Start::Cold).await?
+            }
+            other => other?,
+        };
+        self.lock().running.insert(spare.slot);
+        Ok(spare)
+    }
+
+    /// Ends what is on a slot and frees it. Idempotent.
+    ///
+    /// # Errors
+    /// Warden's; the slot stays taken.
+    pub async fn close(&self, slot: u16) -> api::Result<()> {
+        self.peers.slot_close(slot).await?;
+        let mut inner = self.lock();
+        inner.used.remove(&slot);
+        inner.running.remove(&slot);
+        inner.pool.retain(|(_, s)| s.slot != slot);
+        drop(inner);
+        self.wake.notify_one();
+        Ok(())
+    }
+
+    /// Marks a slot that warden already has as a workspace's.
+    pub(crate) fn adopt_running(&self, slot: u16) {
+        let mut inner = self.lock();
+        inner.used.insert(slot);
+        inner.running.insert(slot);
+    }
+
+    /// Takes a pooled VM over from the host process before this one.
+    pub(crate) fn adopt_spare(&self, shape: Shape, slot: u16, net: VmOpened) {
+        let from = "pool";
+        let mut inner = self.lock();
+        inner.used.insert(slot);
+        inner.pool.push((shape, Spare { slot, net, from }));
+    }
+
+    /// What templates there are, by warden's word.
+    pub(crate) fn templates_set(&self, templates: impl Iterator<Item = Shape>) {
+        self.lock().templates = templates.collect();
+    }
+
+    /// The shape that the pool holds.
+    pub(crate) fn pool_shape_set(&self, shape: Option<Shape>) {
+        let changed = self.pool_shape.send_if_modified(|now| {
+            let changed = *now != shape;
+            *now = shape;
+            changed
+        });
+        if changed {
+            self.wake.notify_one();
+        }
+    }
+
+    /// Slots of pooled VMs.
+    pub(crate) fn spare_slots(&self) -> Vec<u16> {
+        self.lock().pool.iter().map(|(_, s)| s.slot).collect()
+    }
+
+    /// Pooled VMs ready now, and wanted.
+    #[must_use]
+    pub fn pool_size(&self) -> (u32, u32) {
+        let ready = u32::try_from(self.lock().pool.len()).unwrap_or(u32::MAX);
+        (ready, self.bounds.pool_size)
+    }
+
+    /// Builds templates and refills the pool until `stop`.
+    pub async fn tend(&self, mut stop: watch::Receiver<bool>) {
+        loop {
+            while !*stop.borrow() && self.tend_once().await {}
+            tokio::select! {
+                () = self.wake.notified() => {}
+                () = tokio::time::sleep(Duration::from_secs(5)) => {}
+                _ = stop.wait_for(|s| *s) => return,
+            }
+        }
+    }
+
+    /// Does one thing; `false` if there is nothing to do.
+    async fn tend_once(&self) -> bool {
+        let doomed = self.lock().doomed.pop();
+        if let Some(slot) = doomed {
+            return self.close_some_time(slot).await;
+        }
+        let pool_shape = self.pool_shape.borrow().clone();
+        if let Some(shape) = pool_shape {
+            let (have_template, stale, short) = {
+                let inner = self.lock();
+                let stale = inner.pool.iter().find(|(s, _)| *s != shape);
+                (
+                    inner.templates.contains(&shape),
+                    stale.map(|(_, spare)| spare.slot),
+                    inner.pool.len() < self.bounds.pool_size as usize,
+                )
+            };
+            if let Some(slot) = stale {
+                return self.close(slot).await.is_ok();
+            }
+            if self.bounds.pool_size > 0 && !have_template {
+                self.want_template(&shape);
+            }
+            if short && have_template && self.may_try(&shape) {
+                return self.refill(shape).await;
+            }
+        }
+        let wanted = {
+            let mut inner = self.lock();
+            let now = Instant::now();
+            let due = |s: &Shape| inner.not_before.get(s).is_none_or(|t| *t <= now);
+            let at = inner.wanted.iter().position(due);
+            at.and_then(|i| inner.wanted.remove(i))
+        };
+        let Some(shape) = wanted else { return false };
+        match self.build(&shape).await {
+            Ok(()) => {
+                self.lock().templates.insert(shape);
+            }
+            Err(e) => self.put_off(shape, "template", &e),
+        }
+        true
+    }
+
+    async fn refill(&self, shape: Shape) -> bool {
+        match self.open(&shape, Start::Template).await {
+            Ok(spare) => {
+                let from = "pool";
+                self.lock().pool.push((shape, Spare { from, ..spare }));
+                true
+            }
+            Err(e) => {
+                self.put_off(shape, "pool", &e);
+                false
+            }
+        }
+    }
+
+    async fn build(&self, shape: &Shape) -> api::Result<()> {
+        let slot = self.slot_take()?;
+        let built = async {
+            self.peers.vm_open(slot, Start::Build, shape).await?;
+            self.peers.vm_prepare(slot).await?;
+            self.peers.vm_save(slot).await?;
+            self.peers.template_seal(slot).await
+        };
+        let built = built.await;
+        // Sealing closes the slot; closing it again does no harm, and frees the number.
+        self.close_some_time(slot).await;
+        built.map(drop)
+    }
+
+    /// Opens a VM and brings it to the point where a disk may be attached.
+    async fn open(&self, shape: &Shape, how: Start) -> api::Result<Spare> {
+        let slot = self.slot_take()?;
+        let opened = async {
+            let net = self.peers.vm_open(slot, how, shape).await?;
+            self.peers.vm_prepare(slot).await?;
+            Ok(net)
+        };
+        match opened.await {
+            Ok(net) => Ok(Spare {
+                slot,
+                net,
+                from: if how == Start::Template {
+                    "template"
+                } else {
+                    "cold"
+                },
+            }),
+            Err(e) => {
+                self.close_some_time(slot).await;
+                Err(e)
+            }
+        }
+    }
+
+    /// Closes a slot now, or leaves it to `tend`.
+    pub(crate) async fn close_some_time(&self, slot: u16) -> bool {
+        match self.close(slot).await {
+            Ok(()) => true,
+            Err(e) => {
+                tracing::error!(slot, error = %e, detail = e.detail, "can't close it yet");
+                self.lock().doomed.push(slot);
+                false
+            }
+        }
+    }
+
+    fn want_template(&self, shape: &Shape) {
+        let mut inner = self.lock();
+        if inner.wanted.len() < TEMPLATES_WANTED_MAX && !inner.wanted.contains(shape) {
+            inner.wanted.push_back(shape.clone());
+            drop(inner);
+            self.wake.notify_one();
+        }
+    }
+
+    fn may_try(&self, shape: &Shape) -> bool {
+        let inner = self.lock();
+        let not_before = inner.not_before.get(shape);
+        not_before.is_none_or(|t| *t <= Instant::now())
+    }
+
+    fn put_off(&self, shape: Shape, what: &str, e: &Error) {
+        tracing::error!(what, ?shape, error = %e, detail = e.detail, "put off");
+        let mut inner = self.lock();
+        if inner.not_before.len() >= 4 * TEMPLATES_WANTED_MAX {
+            inner.not_before.clear();
+        }
+        let later = Instant::now() + TEMPLATE_RETRY_AFTER;
+        inner.not_before.insert(shape, later);
+    }
+
+    fn slot_take(&self) -> api::Result<u16> {
+        let mut inner = self.lock();
+        // Running ones, the pool, a refill and a build.
+        let most = usize::from(self.bounds.max_running) + self.bounds.pool_size as usize + 2;
+        let most = most.min(usize::from(model::limits::SLOTS_MAX));
+        if inner.used.len() >= most {
+            return Err(full());
+        }
+        let all = model::limits::SLOTS_MAX;
+        let slot = (0..all)
+            .map(|i| (inner.next + i) % all)
+            .find(|s| !inner.used.contains(s))
+            .ok_or_else(full)?;
+        inner.next = (slot + 1) % all;
+        inner.used.insert(slot);
+        Ok(slot)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn full() -> Error {
+    Error::new(
+        ErrorCode::VmUnavailable,
+        "as many workspaces run on this host as it may hold; stop one and try again",
+    )
+}

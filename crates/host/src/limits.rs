@@ -1,0 +1,52 @@
+//! Bounds of the host daemon, with their units.
+
+use std::time::Duration;
+
+/// Longest wait that [`api::host::Op::Apply`] grants, ms.
+pub const APPLY_WAIT_MAX_MS: u64 = 120_000;
+/// Longest wait that [`api::host::Op::Changes`] grants, ms.
+pub const CHANGES_WAIT_MAX_MS: u64 = 30_000;
+/// Most states in one answer to [`api::host::Op::Changes`].
+pub const CHANGES_MAX: usize = 1_000;
+/// Deleted workspaces that the feed remembers.
+pub const TOMBSTONES_MAX: usize = 4_096;
+/// Workspaces of one host, running or not.
+pub const WORKSPACES_MAX: usize = 65_536;
+/// Largest desired-state file, bytes.
+pub const DESIRED_MAX_BYTES: u64 = 256 << 10;
+/// Largest image manifest, bytes.
+pub const MANIFEST_MAX_BYTES: u64 = 1 << 20;
+/// Images in the manifest.
+pub const IMAGES_MAX: usize = 256;
+/// Shapes waiting for their template.
+pub const TEMPLATES_WANTED_MAX: usize = 16;
+
+/// How often the machine is looked at for VMs that went away.
+pub const WATCH_EVERY: Duration = Duration::from_millis(400);
+/// Unanswered calls to a vmctl in a row after which its VM counts as lost.
+pub const VMCTL_SILENT_MAX: u32 = 5;
+/// Pause before a step that can't be given up is tried again.
+pub const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// Pause before a template that could not be built is tried again.
+pub const TEMPLATE_RETRY_AFTER: Duration = Duration::from_secs(60);
+/// How long the guest may take to shut down, ms.
+pub const SHUTDOWN_GRACE_MS: u64 = 5_000;
+/// How long the guest's agent may take to come up, ms.
+pub const ATTACH_WAIT_MS: u64 = 60_000;
+
+/// Longest wait for warden to open or close a slot.
+pub const SLOT_CALL_MAX: Duration = Duration::from_secs(30);
+/// Longest wait for a restore or a cold boot.
+pub const PREPARE_CALL_MAX: Duration = Duration::from_secs(120);
+/// Longest wait for a template to be saved or measured.
+pub const TEMPLATE_CALL_MAX: Duration = Duration::from_secs(120);
+/// Longest wait for the disk to open, or to be formatted.
+pub const GRANT_CALL_MAX: Duration = Duration::from_secs(60);
+/// Longest wait for a shutdown beyond its grace.
+pub const SHUTDOWN_CALL_MAX: Duration = Duration::from_secs(20);
+/// Longest wait for the agent beyond what it is granted.
+pub const ATTACH_CALL_MAX: Duration = Duration::from_secs(65);
+
+const _: () = assert!(SHUTDOWN_CALL_MAX.as_millis() > SHUTDOWN_GRACE_MS as u128);
+const _: () = assert!(ATTACH_CALL_MAX.as_millis() > ATTACH_WAIT_MS as u128);
+const _: () = assert!(ATTACH_WAIT_MS <= 120_000 && SHUTDOWN_GRACE_MS <= 60_000);
