@@ -40,6 +40,8 @@ codes! {
     NetworkBlocked = "network_blocked", 403;
     /// A per-account limit.
     QuotaExceeded = "quota_exceeded", 403;
+    /// As many workspaces as the account may have.
+    SandboxLimitReached = "SANDBOX_LIMIT_REACHED", 409;
     /// Unknown, or another account's.
     NotFound = "not_found", 404;
     /// That method is not served here.
