@@ -1,0 +1,768 @@
+//! The KMS: what it answers, in which order it checks, logs and acts.
+//!
+//! | operation | who | before the answer |
+//! |---|---|---|
+//! | key create, release | control; host | checks ([`crate::check`]), entry durable in the log |
+//! | destroy | control | entry in the log, or in the outbox while the log is down |
+//! | log open | audit-read | entry durable in the log |
+//! | unseal, rotate | root | entry durable in the log |
+//! | status | all | nothing: it tells no secret |
+//!
+//! Must never: answer a key in clear, answer before the entry is durable, or let an error say why
+//! a secret did not open.
+
+use crate::check::{self, Authority, Cleared, Refusal, Trust};
+use crate::error::KmsError;
+use crate::fault::{Faults, Step};
+use crate::keyring::{Key, Place, account_log_key, epoch_root, identity_seed, purpose_key};
+use crate::limits::{CLOSING_LOG_WAIT, LOG_OPEN_MAX, REASON_MAX_BYTES};
+use crate::metrics::Metrics;
+use crate::once::Once;
+use crate::ring::{Ring, account_unwrap, account_wrap};
+use crate::rotate::{Rotor, blocking};
+use crate::slots::Slots;
+use crate::store::{self, Store};
+use crate::unseal::Means;
+use api::audit::{Class, Entry, Phase};
+use api::kms::{Destroyed, Erasure, Grant, Identity, KeyCreated, Op, Released, Status, Unseal};
+use api::{Error, ErrorCode, context};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use model::WorkspaceId;
+use seal::sign::{Signed, SigningKey};
+use serde_json::{Map, Value, json};
+use service::audit::Log;
+use service::clock::Clock;
+use service::rpc::{Peer, ok};
+use std::collections::HashSet;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+/// What a KMS is made of.
+pub struct Setup {
+    /// `kms/`: state, slots, unseal material.
+    pub dir: PathBuf,
+    /// Whose word counts.
+    pub trust: Trust,
+    /// The log.
+    pub log: Log,
+    /// The clock.
+    pub clock: Clock,
+    /// Where a test stops it.
+    pub faults: Faults,
+}
+
+/// The KMS. Cheap to clone.
+#[derive(Clone)]
+pub struct Kms(Arc<Inner>);
+
+pub(crate) struct Inner {
+    dir: PathBuf,
+    trust: Trust,
+    pub(crate) log: Log,
+    clock: Clock,
+    faults: Faults,
+    means: Means,
+    pub(crate) store: Arc<Store>,
+    slots: Arc<Slots>,
+    rotor: Rotor,
+    ring: RwLock<Option<Arc<Ring>>>,
+    /// One unsealing at a time; each costs 64 MiB.
+    unsealing: tokio::sync::Mutex<()>,
+    once: Once,
+    /// Workspaces whose key is being destroyed: nothing of them is released any more.
+    doomed: Mutex<HashSet<WorkspaceId>>,
+    latest_ms: AtomicU64,
+    pub(crate) metrics: Metrics,
+}
+
+impl Kms {
+    /// Opens the state; sealed until one of the unseal calls.
+    ///
+    /// # Errors
+    /// [`KmsError::NoState`] before `init`; the store's and the file system's.
+    pub async fn open(setup: Setup) -> Result<Self, KmsError> {
+        let store = Arc::new(Store::open(&setup.dir.join("state.db"), false).await?);
+        if store.state().await?.is_none() {
+            return Err(KmsError::NoState(setup.dir.join("state.db")));
+        }
+        let slots = Arc::new(Slots::open(setup.dir.join("slots"))?);
+        let rotor = Rotor::new(Arc::clone(&store), Arc::clone(&slots), setup.faults.clone());
+        Ok(Self(Arc::new(Inner {
+            means: Means::load(&setup.dir)?,
+            dir: setup.dir,
+            trust: setup.trust,
+            log: setup.log,
+            clock: setup.clock,
+            faults: setup.faults,
+            store,
+            slots,
+            rotor,
+            ring: RwLock::default(),
+            unsealing: tokio::sync::Mutex::default(),
+            once: Once::default(),
+            doomed: Mutex::default(),
+            latest_ms: AtomicU64::new(0),
+            metrics: Metrics::default(),
+        })))
+    }
+
+    /// How it is unsealed.
+    #[must_use]
+    pub fn means(&self) -> Unseal {
+        self.0.means.kind
+    }
+
+    /// Its metrics.
+    #[must_use]
+    pub fn metrics(&self) -> &Metrics {
+        &self.0.metrics
+    }
+
+    /// Ends the store's connections.
+    pub async fn close(&self) {
+        self.0.store.close().await;
+    }
+
+    /// Unseals by the file; sealed still if the log can't take the entry about it.
+    ///
+    /// # Errors
+    /// The file's, the state's, or the log's.
+    pub async fn unseal_by_file(&self) -> api::Result<()> {
+        let _one = self.0.unsealing.lock().await;
+        if self.0.ring().is_ok() {
+            return Ok(());
+        }
+        let secret = self.0.means.from_file(&self.0.dir)?;
+        self.0.unseal("internal:kms", "kms.start", secret).await
+    }
+
+    /// Answers one request.
+    ///
+    /// # Errors
+    /// The refusal or failure, as the caller may know it.
+    pub async fn handle(&self, peer: Peer, request_id: String, op: Op) -> api::Result<Value> {
+        let k = &self.0;
+        let call = Call {
+            peer,
+            request_id,
+            op: op.name(),
+        };
+        let allowed: &[&str] = match &op {
+            Op::Status => &["control", "host", "audit-read", "root"],
+            Op::WorkspaceKeyCreate { .. } | Op::Destroy { .. } => &["control"],
+            Op::Release { .. } => &["host"],
+            Op::Unseal { .. } | Op::Rotate => &["root"],
+            Op::LogOpen { .. } => &["audit-read"],
+        };
+        if !allowed.contains(&call.peer.process.as_str()) {
+            return Err(k.refuse(&call, Refusal::Peer, None).await);
+        }
+        match op {
+            Op::Status => ok(&k.status().await?),
+            Op::WorkspaceKeyCreate { receipt } => ok(&k.key_create(&call, &receipt).await?),
+            Op::Release {
+                receipt,
+                attestation,
+            } => ok(&k.release(&call, &receipt, &attestation).await?),
+            Op::Destroy {
+                workspace,
+                authority,
+            } => ok(&k.destroy(&call, &workspace, &authority).await?),
+            Op::Unseal { passphrase } => ok(&k
+                .unseal_by_passphrase(&call, seal::Zeroizing::new(passphrase))
+                .await?),
+            Op::Rotate => ok(&k.rotate(&call).await?),
+            Op::LogOpen {
+                class,
+                day,
+                wraps,
+                reason,
+            } => ok(&k.log_open(&call, class, day, &wraps, &reason).await?),
+        }
+    }
+
+    pub(crate) fn inner(&self) -> &Arc<Inner> {
+        &self.0
+    }
+}
+
+/// One request: who, which, what.
+pub(crate) struct Call {
+    peer: Peer,
+    request_id: String,
+    op: &'static str,
+}
+
+impl Inner {
+    /// The keys, or that it is sealed.
+    pub(crate) fn ring(&self) -> api::Result<Arc<Ring>> {
+        self.ring
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+            .ok_or_else(|| {
+                Error::new(
+                    ErrorCode::KmsSealed,
+                    "keys are sealed until the operator unseals them; workspaces wait",
+                )
+            })
+    }
+
+    /// Now, never earlier than before: a clock set back must not revive a lease.
+    pub(crate) fn now_ms(&self) -> u64 {
+        let now = self.clock.now_ms();
+        self.latest_ms.fetch_max(now, Ordering::AcqRel).max(now)
+    }
+
+    async fn status(&self) -> api::Result<Status> {
+        let state = self
+            .store
+            .state()
+            .await?
+            .ok_or(KmsError::Unseal("no state"))?;
+        Ok(Status {
+            sealed: self.ring().is_err(),
+            unseal: self.means.kind,
+            epoch: state.epoch,
+            workspace_keys: self.store.workspaces_living().await?,
+            releases: self.metrics.releases(),
+            refusals: self.metrics.refusals(),
+        })
+    }
+
+    async fn unseal_by_passphrase(
+        &self,
+        call: &Call,
+        passphrase: seal::Zeroizing<String>,
+    ) -> api::Result<Status> {
+        let _one = self.unsealing.lock().await;
+        if self.ring().is_err() {
+            let means = self.means.clone();
+            let secret = blocking(move || means.from_passphrase(passphrase.as_bytes())).await;
+            let secret = match secret {
+                Ok(secret) => secret,
+                Err(e @ KmsError::Unseal(_)) => {
+                    self.refuse(call, Refusal::Passphrase, None).await;
+                    return Err(e.into());
+                }
+                Err(e) => return Err(e.into()),
+            };
+            self.unseal("operator", &call.request_id, secret).await?;
+        }
+        self.status().await
+    }
+
+    /// Opens the state, gives the log its keys, logs the unsealing, and only then answers keys.
+    async fn unseal(&self, actor: &str, request_id: &str, secret: Key) -> api::Result<()> {
+        let state = self
+            .store
+            .state()
+            .await?
+            .ok_or(KmsError::Unseal("no state"))?;
+        let slot = self.slots.read(state.epoch)?;
+        // Before anything else is touched: an old state must not cost the newest slot.
+        let slot = slot.ok_or(KmsError::Rollback { epoch: state.epoch })?;
+        let root = epoch_root(&secret, &slot, state.epoch);
+        let place = Place::Sign { epoch: state.epoch };
+        let seed: Key = place.unwrap_bytes(&root, &state.sign_wrapped)?;
+        let sign = SigningKey::from_seed(seed.expose());
+        if sign.public().to_hex() != state.sign_pub {
+            return Err(KmsError::Wrapped {
+                subject: place.to_string(),
+            }
+            .into());
+        }
+        let (slots, epoch) = (Arc::clone(&self.slots), state.epoch);
+        blocking(move || slots.destroy_others(epoch)).await?;
+        let mut ring = Ring::new(secret, sign, state.epoch, root);
+        self.log_keys_publish(&ring, request_id).await?;
+        let mut entry = entry("kms.unseal", Phase::Fact, request_id, actor);
+        entry.data.insert("epoch".into(), state.epoch.into());
+        entry.data.insert("kms_pub".into(), state.sign_pub.into());
+        ring.floor = self.log.append(Class::Host, entry).await?.index;
+        *self.ring.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(ring));
+        tracing::info!(epoch, "unsealed");
+        Ok(())
+    }
+
+    async fn key_create(&self, call: &Call, receipt: &Value) -> api::Result<KeyCreated> {
+        let ring = self.ring()?;
+        let (workspace, authority, intent) =
+            match check::create(&self.trust, receipt, self.now_ms()) {
+                Ok(checked) => checked,
+                Err(r) => return Err(self.refuse(call, r, None).await),
+            };
+        let account = authority.account();
+        let mut e = entry(
+            "kms.key_create",
+            Phase::Intent,
+            &call.request_id,
+            authority.key().as_str(),
+        );
+        e.account = Some(account.clone());
+        e.subject = Some(workspace.to_string());
+        e.data.insert("intent_index".into(), intent.index.into());
+        self.log.append(Class::Host, e).await?;
+        self.faults.at(Step::KeyStore)?;
+        let mut tx = self.store.begin().await?;
+        let epoch = store::state(&mut tx)
+            .await?
+            .ok_or(KmsError::Unseal("no state"))?
+            .epoch;
+        let root = ring
+            .root(epoch)
+            .ok_or(KmsError::Unseal("the epoch in force is not held"))?;
+        let row = match store::account(&mut tx, account).await? {
+            Some(row) => row,
+            None => {
+                let (key, seed) = (Key::random(), Key::random());
+                let row = store::Account {
+                    id: account.clone(),
+                    version: 1,
+                    epoch,
+                    wrapped: account_wrap(account, 1, epoch, &root, &key, &seed),
+                    log_pub: account_log_key(&seed).public().to_hex(),
+                };
+                store::account_put(&mut tx, &row).await?;
+                row
+            }
+        };
+        let (account_key, _) = account_unwrap(&row, &root)?;
+        let place = Place::Workspace {
+            workspace: &workspace,
+            account,
+            version: 1,
+            account_version: row.version,
+            epoch,
+        };
+        let fresh = store::Workspace {
+            id: workspace.clone(),
+            account: account.clone(),
+            version: 1,
+            account_version: row.version,
+            epoch,
+            wrapped: Some(place.wrap(&account_key, Key::random().expose())),
+            destroyed_ms: None,
+            record_digest: None,
+            receipt: None,
+        };
+        store::workspace_insert(&mut tx, &fresh, self.now_ms()).await?;
+        tx.commit()
+            .await
+            .map_err(KmsError::store("store workspace key"))?;
+        self.faults.at(Step::KeyAnswer)?;
+        // The log seals entries to the account from now on; if it can't hear it now, later.
+        let published = self.accounts_publish(&call.request_id).await;
+        if let Err(e) = published {
+            tracing::warn!(error = %e, "account's log key not published yet");
+        }
+        let (key, w) = match self.workspace_key(&ring, &workspace).await? {
+            Ok((key, w)) if w.account == *account => (key, w),
+            Ok(_) => return Err(self.refuse(call, Refusal::Account, Some(&workspace)).await),
+            Err(r) => return Err(self.refuse(call, r, Some(&workspace)).await),
+        };
+        let identity = SigningKey::from_seed(identity_seed(&key, &workspace).expose());
+        let statement = Identity {
+            workspace,
+            account: w.account,
+            identity_pub: identity.public().to_hex(),
+            key_version: w.version,
+        };
+        let signed = Signed::new(&ring.sign, context::IDENTITY, &statement);
+        Ok(KeyCreated {
+            identity: signed.to_string(),
+        })
+    }
+
+    async fn release(
+        &self,
+        call: &Call,
+        receipt: &Value,
+        attestation: &str,
+    ) -> api::Result<Released> {
+        let ring = self.ring()?;
+        let now_ms = self.now_ms();
+        let cleared = match check::release(&self.trust, receipt, attestation, ring.floor, now_ms) {
+            Ok(cleared) => cleared,
+            Err(r) => return Err(self.refuse(call, r, None).await),
+        };
+        let workspace = &cleared.lease.workspace;
+        // The owner before the nonce: a stranger's intent must not use anything up.
+        match self.store.workspace(workspace).await? {
+            None => return Err(self.refuse(call, Refusal::Unknown, Some(workspace)).await),
+            Some((w, _)) if w.account != *cleared.authority.account() => {
+                return Err(self.refuse(call, Refusal::Account, Some(workspace)).await);
+            }
+            Some((w, _)) if w.wrapped.is_none() => {
+                return Err(self.refuse(call, Refusal::Destroyed, Some(workspace)).await);
+            }
+            Some(_) => {}
+        }
+        let jti = match &cleared.authority {
+            Authority::Assertion(a) => Some(a.jti.as_str()),
+            Authority::Policy(_) => None,
+        };
+        // An assertion can back leases until it ends and a lease more.
+        let until_ms = cleared.lease.exp_ms.max(
+            cleared
+                .intent
+                .time_ms
+                .saturating_add(2 * api::limits::LEASE_MAX_MS),
+        );
+        let nonce = &cleared.lease.nonce;
+        if let Err(r) = self.once.take(nonce, jti, workspace, until_ms, now_ms) {
+            return Err(self.refuse(call, r, Some(workspace)).await);
+        }
+        self.log
+            .append(Class::Host, release_entry(call, &cleared))
+            .await?;
+        let (key, w) = match self.workspace_key(&ring, workspace).await? {
+            Ok(found) => found,
+            Err(r) => return Err(self.refuse(call, r, Some(workspace)).await),
+        };
+        let released = self.seal_grant(&cleared, &key, w.version)?;
+        if self.doomed().contains(workspace) {
+            return Err(self.refuse(call, Refusal::Destroyed, Some(workspace)).await);
+        }
+        self.metrics.released();
+        Ok(released)
+    }
+
+    fn seal_grant(&self, c: &Cleared, key: &Key, version: u32) -> api::Result<Released> {
+        let hex_of = |key: Key| seal::Zeroizing::new(hex::encode(key.expose()));
+        let workspace = &c.lease.workspace;
+        let disk_key = hex_of(purpose_key(
+            key,
+            c.lease.purpose,
+            workspace.as_str(),
+            version,
+        ));
+        let seed = hex_of(identity_seed(key, workspace));
+        let mut grant = Grant {
+            workspace: workspace.clone(),
+            start_id: c.lease.start_id.clone(),
+            disk_key: disk_key.to_string(),
+            identity_seed: seed.to_string(),
+            config_digest: c.lease.config_digest.clone(),
+            mint_key: self.trust.mint.to_hex(),
+            gateway_key: self.trust.gateway.to_hex(),
+            edge_key: self.trust.edge.to_hex(),
+        };
+        let clear = serde_json::to_vec(&grant).map(seal::Zeroizing::new);
+        seal::Zeroize::zeroize(&mut grant.disk_key);
+        seal::Zeroize::zeroize(&mut grant.identity_seed);
+        let clear = clear.map_err(|_| Error::internal("a grant that is no JSON"))?;
+        let aad = c.intent.leaf_digest;
+        let sealed = seal::hpke::seal(&c.hpke_pub, context::RELEASE.as_bytes(), &aad, &clear);
+        Ok(Released {
+            sealed: STANDARD.encode(sealed),
+            aad: hex::encode(aad),
+        })
+    }
+
+    /// A living workspace's key, whatever epoch a rotation has reached meanwhile.
+    async fn workspace_key(
+        &self,
+        ring: &Ring,
+        id: &WorkspaceId,
+    ) -> api::Result<Result<(Key, store::Workspace), Refusal>> {
+        for _ in 0..3 {
+            let Some((w, a)) = self.store.workspace(id).await? else {
+                return Ok(Err(Refusal::Unknown));
+            };
+            if w.wrapped.is_none() {
+                return Ok(Err(Refusal::Destroyed));
+            }
+            if let Some(key) = ring.workspace_key(&w, &a)? {
+                return Ok(Ok((key, w)));
+            }
+        }
+        Err(Error::internal(
+            "the epoch changed three times while one key was read",
+        ))
+    }
+
+    async fn destroy(
+        &self,
+        call: &Call,
+        workspace: &WorkspaceId,
+        authority: &str,
+    ) -> api::Result<Destroyed> {
+        let ring = self.ring()?;
+        let checked = check::destroy(&self.trust, workspace, authority, self.now_ms());
+        let by = match checked {
+            Ok(by) => by,
+            Err(r) => return Err(self.refuse(call, r, Some(workspace)).await),
+        };
+        match self.store.workspace(workspace).await? {
+            None => return Err(self.refuse(call, Refusal::Unknown, Some(workspace)).await),
+            Some((w, _)) if w.account != *by.account() => {
+                return Err(self.refuse(call, Refusal::Account, Some(workspace)).await);
+            }
+            Some((
+                store::Workspace {
+                    receipt: Some(receipt),
+                    ..
+                },
+                _,
+            )) => {
+                return Ok(Destroyed { receipt });
+            }
+            Some(_) => {}
+        }
+        self.doomed().insert(workspace.clone());
+        let mut intent = entry(
+            "kms.destroy",
+            Phase::Intent,
+            &call.request_id,
+            by.key().as_str(),
+        );
+        intent.account = Some(by.account().clone());
+        intent.subject = Some(workspace.to_string());
+        intent.authority = Some(authority.to_owned());
+        let spooled = match self.log_closing(&intent).await {
+            Ok(()) => None,
+            Err(_) => Some(intent),
+        };
+        if let Err(e) = self.erase(workspace, spooled).await {
+            // Nothing was erased, so the key may go on living.
+            self.doomed().remove(workspace);
+            return Err(e.into());
+        }
+        let receipt = self
+            .erasure_finish(&ring, workspace, &call.request_id)
+            .await?;
+        self.doomed().remove(workspace);
+        Ok(Destroyed { receipt })
+    }
+
+    /// Erases the record and leaves a tombstone that names the epoch it could be opened in.
+    async fn erase(&self, id: &WorkspaceId, spooled: Option<Entry>) -> Result<(), KmsError> {
+        self.faults.at(Step::Erase)?;
+        let mut tx = self.store.begin().await?;
+        let epoch = store::state(&mut tx)
+            .await?
+            .ok_or(KmsError::Unseal("no state"))?
+            .epoch;
+        if let Some(blob) = store::workspace_wrapped(&mut tx, id).await? {
+            let digest = hex::encode(seal::hash::sha256(&blob));
+            store::workspace_erase(&mut tx, id, epoch, &digest, self.now_ms()).await?;
+        }
+        if let Some(entry) = spooled {
+            outbox_put(&mut tx, Class::Host, &entry).await?;
+        }
+        tx.commit()
+            .await
+            .map_err(KmsError::store("erase workspace key"))
+    }
+
+    /// Punctures, signs and stores the receipt of an erased key: takes up where a crash left it.
+    pub(crate) async fn erasure_finish(
+        &self,
+        ring: &Ring,
+        id: &WorkspaceId,
+        request_id: &str,
+    ) -> Result<String, KmsError> {
+        let damaged = || KmsError::Damaged {
+            operation: "finish erasure",
+            subject: id.to_string(),
+        };
+        let (w, _) = self.store.workspace(id).await?.ok_or_else(damaged)?;
+        self.faults.at(Step::Puncture)?;
+        let epoch_now = self
+            .rotor
+            .rotate(ring, Some(w.epoch), self.now_ms())
+            .await?;
+        self.metrics.rotated(epoch_now);
+        let erasure = Erasure {
+            workspace: id.clone(),
+            key_versions: w.version,
+            record_digest: w.record_digest.ok_or_else(damaged)?,
+            epoch_destroyed: w.epoch,
+            epoch_now,
+            time_ms: w.destroyed_ms.ok_or_else(damaged)?,
+        };
+        assert!(
+            erasure.check().is_ok(),
+            "a receipt is signed after the puncture only"
+        );
+        let receipt = Signed::new(&ring.sign, context::ERASURE, &erasure).to_string();
+        self.faults.at(Step::ReceiptStore)?;
+        self.store.receipt_store(id, &receipt).await?;
+        self.faults.at(Step::ReceiptAnswer)?;
+        self.metrics.destroyed();
+        let mut outcome = entry("kms.destroy", Phase::Outcome, request_id, "internal:kms");
+        outcome.account = Some(w.account);
+        outcome.subject = Some(id.to_string());
+        outcome.result = Some("ok".into());
+        outcome
+            .data
+            .insert("receipt".into(), receipt.as_str().into());
+        if self.log_closing(&outcome).await.is_err() {
+            let text = entry_text(&outcome)?;
+            self.store.outbox_add(Class::Host.name(), &text).await?;
+        }
+        Ok(receipt)
+    }
+
+    async fn rotate(&self, call: &Call) -> api::Result<Status> {
+        let ring = self.ring()?;
+        let e = entry("kms.rotate", Phase::Intent, &call.request_id, "operator");
+        self.log.append(Class::Host, e).await?;
+        self.epoch_new(&ring, &call.request_id).await?;
+        self.status().await
+    }
+
+    /// Rotates and logs how it ended.
+    pub(crate) async fn epoch_new(&self, ring: &Ring, request_id: &str) -> api::Result<()> {
+        let result = self.rotor.rotate(ring, None, self.now_ms()).await;
+        let mut e = entry("kms.rotate", Phase::Outcome, request_id, "internal:kms");
+        e.result = Some(if result.is_ok() { "ok" } else { "failed" }.into());
+        if let Ok(epoch) = &result {
+            self.metrics.rotated(*epoch);
+            e.data.insert("epoch".into(), (*epoch).into());
+        }
+        if self.log_closing(&e).await.is_err() {
+            self.store
+                .outbox_add(Class::Host.name(), &entry_text(&e)?)
+                .await?;
+        }
+        result.map(drop).map_err(Error::from)
+    }
+
+    async fn log_open(
+        &self,
+        call: &Call,
+        class: Class,
+        day: u32,
+        wraps: &[String],
+        reason: &str,
+    ) -> api::Result<Vec<String>> {
+        let ring = self.ring()?;
+        if wraps.len() > LOG_OPEN_MAX || reason.is_empty() || reason.len() > REASON_MAX_BYTES {
+            return Err(self.refuse(call, Refusal::Bounds, None).await);
+        }
+        let Some(key) = ring.days(class).and_then(|days| days.key(day)) else {
+            return Err(self.refuse(call, Refusal::Unknown, None).await);
+        };
+        let mut e = entry(
+            "kms.log_open",
+            Phase::Intent,
+            &call.request_id,
+            "internal:audit-read",
+        );
+        e.data = object(json!({
+            "class": class.name(), "day": day, "batches": wraps.len(), "reason": reason,
+        }));
+        self.log.append(Class::Security, e).await?;
+        let mut out = Vec::with_capacity(wraps.len());
+        for wrap in wraps {
+            let opened = STANDARD.decode(wrap).ok().and_then(|bytes| {
+                seal::hpke::open_secret::<32>(&key, context::LOG_CLASS.as_bytes(), b"", &bytes).ok()
+            });
+            let Some(batch) = opened else {
+                return Err(self.refuse(call, Refusal::Bounds, None).await);
+            };
+            out.push(hex::encode(batch.expose()));
+        }
+        Ok(out)
+    }
+
+    /// Logs and flags a refusal; answers what the caller may know.
+    async fn refuse(&self, call: &Call, why: Refusal, subject: Option<&WorkspaceId>) -> Error {
+        self.metrics.refused(why);
+        let mut e = entry("kms.refused", Phase::Fact, &call.request_id, "internal:kms");
+        e.subject = subject.map(ToString::to_string);
+        e.result = Some(why.code().into());
+        e.data = object(json!({ "op": call.op, "peer": call.peer.process }));
+        let logged = tokio::time::timeout(CLOSING_LOG_WAIT, self.log.append(Class::Security, e));
+        if !matches!(logged.await, Ok(Ok(_))) {
+            self.metrics.refusal_unlogged();
+        }
+        tracing::warn!(
+            request_id = %call.request_id, op = call.op, peer = %call.peer.process,
+            reason = why.code(), "refused"
+        );
+        let code = match why {
+            Refusal::Unknown | Refusal::Account => {
+                // The same for both: another account's id does not show.
+                return Error::new(ErrorCode::NotFound, Refusal::Unknown.sentence());
+            }
+            Refusal::Peer => ErrorCode::Forbidden,
+            Refusal::Busy => ErrorCode::RateLimited,
+            Refusal::Bounds => ErrorCode::ValidationError,
+            Refusal::Destroyed => ErrorCode::Conflict,
+            _ => ErrorCode::KeyRefused,
+        };
+        Error::new(code, why.sentence()).detail(why.code())
+    }
+
+    /// Logs for a closing act, which does not wait long for a log that is down.
+    async fn log_closing(&self, entry: &Entry) -> Result<(), ()> {
+        let append = self.log.append(Class::Host, entry.clone());
+        match tokio::time::timeout(CLOSING_LOG_WAIT, append).await {
+            Ok(Ok(_)) => Ok(()),
+            _ => Err(()),
+        }
+    }
+
+    fn doomed(&self) -> std::sync::MutexGuard<'_, HashSet<WorkspaceId>> {
+        self.doomed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// An entry with no more than its head.
+pub(crate) fn entry(event: &str, phase: Phase, request_id: &str, actor: &str) -> Entry {
+    Entry {
+        event: event.into(),
+        phase,
+        request_id: request_id.into(),
+        account: None,
+        actor: actor.into(),
+        subject: None,
+        authority: None,
+        lease: None,
+        result: None,
+        data: Map::new(),
+    }
+}
+
+pub(crate) fn entry_text(e: &Entry) -> Result<String, KmsError> {
+    serde_json::to_string(e).map_err(|_| KmsError::Unseal("an entry that is no JSON"))
+}
+
+async fn outbox_put(
+    conn: &mut sqlx::SqliteConnection,
+    class: Class,
+    e: &Entry,
+) -> Result<(), KmsError> {
+    store::outbox_add(conn, class.name(), &entry_text(e)?).await
+}
+
+fn release_entry(call: &Call, c: &Cleared) -> Entry {
+    let mut e = entry(
+        "kms.release",
+        Phase::Intent,
+        &call.request_id,
+        c.authority.key().as_str(),
+    );
+    e.account = Some(c.authority.account().clone());
+    e.subject = Some(c.lease.workspace.to_string());
+    e.lease = Some(c.lease.clone());
+    e.data = object(json!({
+        "intent_index": c.intent.index,
+        "intent_leaf": hex::encode(c.intent.leaf_digest),
+        "hpke_pub": c.attestation.hpke_pub,
+        "measurement": c.attestation.measurement,
+    }));
+    e
+}
+
+fn object(value: Value) -> Map<String, Value> {
+    match value {
+        Value::Object(map) => map,
+        _ => Map::new(),
+    }
+}
