@@ -169,3 +169,53 @@ pub struct Appended {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub receipt: Option<serde_json::Value>,
 }
+
+/// A request to the reader's socket, which has its own identity (LOG-4); root only. Each read of
+/// entries is itself an entry (`audit.read`, class security) before anything is opened.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "snake_case", deny_unknown_fields)]
+pub enum ReadOp {
+    /// The integrated size of a log. Answer: [`LogHead`].
+    Head {
+        /// The log.
+        class: Class,
+    },
+    /// Opens entries. Answer: [`ReadEntries`].
+    Entries {
+        /// The log.
+        class: Class,
+        /// First index.
+        from: u64,
+        /// How many; at most 256.
+        count: u32,
+        /// Why, for the log; 1 to 256 characters.
+        reason: String,
+    },
+}
+
+/// Answer to [`ReadOp::Head`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct LogHead {
+    /// Entries that are integrated.
+    pub size: u64,
+    /// The signed checkpoint, as text; empty for a log that never had an entry.
+    pub checkpoint: String,
+}
+
+/// Answer to [`ReadOp::Entries`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ReadEntries {
+    /// The entries, in order; fewer than asked for at the end of the log.
+    pub entries: Vec<ReadEntry>,
+}
+
+/// One entry that was read.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ReadEntry {
+    /// Its index.
+    pub index: u64,
+    /// Its time, ms since the epoch.
+    pub time_ms: u64,
+    /// What it says; nothing when its key is destroyed or the KMS is sealed.
+    pub stamped: Option<Stamped>,
+}

@@ -155,8 +155,8 @@ impl Default for Network {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            disk_bytes_per_s: 1 << 30,
-            disk_ops_per_s: 20_000,
+            disk_bytes_per_s: 400 << 20,
+            disk_ops_per_s: 5_000,
             workspaces_per_account: 50,
         }
     }
@@ -224,6 +224,14 @@ impl Config {
         }
         Ok(config)
     }
+}
+
+/// The configuration as the text of its file.
+///
+/// # Errors
+/// Never for a configuration that [`Config::parse`] made.
+pub fn to_toml(config: &Config) -> anyhow::Result<String> {
+    toml::to_string_pretty(config).context("write the configuration as TOML")
 }
 
 #[cfg(test)]

@@ -30,7 +30,7 @@ pub struct Boot {
     pub config: config::Config,
     /// The clock.
     pub clock: clock::Clock,
-    /// Arguments after the command, for `init`.
+    /// Arguments after the command.
     pub rest: Vec<String>,
 }
 
@@ -60,7 +60,7 @@ pub fn boot(name: &'static str) -> anyhow::Result<Boot> {
                 command = Command::Init;
                 rest.extend(args.by_ref());
             }
-            "run" => {}
+            "run" if rest.is_empty() => rest.extend(args.by_ref()),
             "--help" | "-h" => {
                 println!(
                     "casemate-{name} [--root DIR] [init|run]\n\nPart of Casemate; started by `casemate up`."

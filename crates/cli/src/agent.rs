@@ -1,0 +1,123 @@
+//! Calls of a guest's agent as the edge makes them, for the checks: run as the edge's user, inside
+//! the network of the taps. What is shown is the HTTP status, never a body.
+
+use anyhow::Context as _;
+use model::WorkspaceId;
+use model::limits::{PORT_AGENT_RAW, PORT_AGENT_TLS};
+use seal::sign::{SigningKey, VerifyingKey};
+use seal::tls::Identity;
+use service::paths::Paths;
+use std::net::Ipv4Addr;
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+
+const WAIT: Duration = Duration::from_secs(5);
+
+/// Status of `GET path` over mTLS with the edge's identity, and with `token` if it is not empty.
+///
+/// # Errors
+/// When there is no answer.
+pub async fn over_mtls(
+    paths: &Paths,
+    workspace: &WorkspaceId,
+    ip: Ipv4Addr,
+    path: &str,
+    token: &str,
+) -> anyhow::Result<String> {
+    let seed = service::files::read_bounded(&paths.state("edge").join("identity.seed"), 32)?;
+    let seed: [u8; 32] = seed
+        .try_into()
+        .ok()
+        .context("the edge's identity is not 32 bytes")?;
+    let stream = connect(paths, workspace, ip, Identity::from_seed(&seed)).await?;
+    status(stream, path, token).await
+}
+
+/// Whether the agent answers a client with another certificate: `answered` or `refused`.
+///
+/// # Errors
+/// When it can't be dialled.
+pub async fn as_stranger(
+    paths: &Paths,
+    workspace: &WorkspaceId,
+    ip: Ipv4Addr,
+) -> anyhow::Result<&'static str> {
+    let stranger = Identity::new(SigningKey::generate());
+    let answer = match connect(paths, workspace, ip, stranger).await {
+        Ok(stream) => status(stream, "/health", "").await,
+        Err(e) => Err(e),
+    };
+    Ok(if answer.is_ok() {
+        "answered"
+    } else {
+        "refused"
+    })
+}
+
+/// Whether the agent's TLS port answers plain HTTP: `answered` or `refused`.
+///
+/// # Errors
+/// When it can't be dialled.
+pub async fn plain(ip: Ipv4Addr) -> anyhow::Result<&'static str> {
+    let stream = TcpStream::connect((ip, PORT_AGENT_TLS)).await?;
+    Ok(if status(stream, "/health", "").await.is_ok() {
+        "answered"
+    } else {
+        "refused"
+    })
+}
+
+/// Status of `GET path` on the raw-token port.
+///
+/// # Errors
+/// When there is no answer.
+pub async fn raw(ip: Ipv4Addr, path: &str, token: &str) -> anyhow::Result<String> {
+    let stream = tokio::time::timeout(WAIT, TcpStream::connect((ip, PORT_AGENT_RAW))).await??;
+    status(stream, path, token).await
+}
+
+async fn connect(
+    paths: &Paths,
+    workspace: &WorkspaceId,
+    ip: Ipv4Addr,
+    client: Identity,
+) -> anyhow::Result<impl AsyncRead + AsyncWrite + Unpin + use<>> {
+    let op = api::mint::Op::TokenState {
+        workspace: workspace.clone(),
+    };
+    let signed: api::mint::Signed = api::rpc::Client::new(paths.socket("mint", "mint"))
+        .call("verify", &op)
+        .await?;
+    let mint = service::trust::key(paths, service::trust::MINT)?;
+    let state: api::mint::TokenState =
+        seal::sign::Signed::parse(signed.signed)?.verify(&mint, api::context::TOKEN_STATE)?;
+    let anchor = VerifyingKey::from_hex(&state.identity_pub)?;
+    let leaf = client.leaf("edge.casemate.internal", Duration::from_secs(600))?;
+    let config = seal::tls::client_config(&anchor, Some(leaf), seal::tls::HTTP1)?;
+    let name = api::agent::tls_name(workspace);
+    let tcp = tokio::time::timeout(WAIT, TcpStream::connect((ip, PORT_AGENT_TLS))).await??;
+    let connector = seal::tls::tokio_rustls::TlsConnector::from(config);
+    Ok(tokio::time::timeout(WAIT, connector.connect(name.try_into()?, tcp)).await??)
+}
+
+/// One request, and the status of its answer.
+async fn status(
+    mut stream: impl AsyncRead + AsyncWrite + Unpin,
+    path: &str,
+    token: &str,
+) -> anyhow::Result<String> {
+    let authorization = if token.is_empty() {
+        String::new()
+    } else {
+        format!("authorization: Bearer {token}\r\n")
+    };
+    let request =
+        format!("GET {path} HTTP/1.1\r\nhost: agent\r\n{authorization}connection: close\r\n\r\n");
+    tokio::time::timeout(WAIT, stream.write_all(request.as_bytes())).await??;
+    let mut head = [0u8; 12];
+    tokio::time::timeout(WAIT, stream.read_exact(&mut head)).await??;
+    let head = std::str::from_utf8(&head).context("no HTTP answer")?;
+    let status = head.strip_prefix("HTTP/1.1 ").context("no HTTP answer")?;
+    Ok(status.to_owned())
+}

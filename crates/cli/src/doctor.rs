@@ -1,0 +1,317 @@
+//! `casemate doctor`: what is missing or weakened on this machine, and the command that mends it.
+//!
+//! Must never change anything.
+
+use service::config::Config;
+use service::paths::Paths;
+use std::path::Path;
+use std::process::Command;
+
+/// How much a finding matters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Level {
+    /// As it should be.
+    Ok,
+    /// It runs, but a claim is weaker; the finding names it.
+    Weakened,
+    /// It can't run.
+    Missing,
+}
+
+/// One thing that was looked at.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct Finding {
+    /// What.
+    pub what: &'static str,
+    /// How it is.
+    pub level: Level,
+    /// What was seen, and the claims that it weakens.
+    pub seen: String,
+    /// The command that mends it; empty if there is none.
+    pub mend: String,
+}
+
+/// Programs that the platform runs, and the Debian package of each.
+const PROGRAMS: &[(&str, &str)] = &[
+    ("setpriv", "util-linux"),
+    ("nsenter", "util-linux"),
+    ("ip", "iproute2"),
+    ("mkfs.ext4", "e2fsprogs"),
+    ("getent", "libc-bin"),
+    ("useradd", "passwd"),
+];
+
+/// Prints the findings; 1 if something is missing.
+///
+/// # Errors
+/// Never; the signature is that of the other commands.
+pub fn run(paths: &Paths, config: &Config, as_json: bool) -> anyhow::Result<u8> {
+    let findings = look(paths, config);
+    if as_json {
+        println!("{}", serde_json::to_string(&findings)?);
+    } else {
+        for f in &findings {
+            let mark = match f.level {
+                Level::Ok => "ok      ",
+                Level::Weakened => "weakened",
+                Level::Missing => "MISSING ",
+            };
+            println!("{mark}  {:<22} {}", f.what, f.seen);
+            if !f.mend.is_empty() && f.level != Level::Ok {
+                println!("{:>34} {}", "mend:", f.mend);
+            }
+        }
+    }
+    Ok(u8::from(findings.iter().any(|f| f.level == Level::Missing)))
+}
+
+/// Looks at everything.
+#[must_use]
+pub fn look(paths: &Paths, config: &Config) -> Vec<Finding> {
+    let mut out = vec![
+        root(),
+        kernel(),
+        landlock(),
+        secret_memory(),
+        fuse(),
+        kvm(),
+        cgroup(),
+    ];
+    out.extend(
+        PROGRAMS
+            .iter()
+            .map(|(program, package)| program_there(program, package)),
+    );
+    out.push(library("libnftables.so.1", "libnftables1"));
+    out.push(artifacts(paths));
+    out.push(swap());
+    out.push(cores());
+    out.push(unseal(config));
+    out
+}
+
+fn finding(what: &'static str, level: Level, seen: impl Into<String>, mend: &str) -> Finding {
+    Finding {
+        what,
+        level,
+        seen: seen.into(),
+        mend: mend.into(),
+    }
+}
+
+fn root() -> Finding {
+    if rustix::process::geteuid().is_root() {
+        finding("root", Level::Ok, "running as root", "")
+    } else {
+        finding(
+            "root",
+            Level::Missing,
+            "jails, taps and mounts need root",
+            "sudo casemate doctor",
+        )
+    }
+}
+
+/// The production floor is 6.12: Landlock ABI 6, memfd_secret on by default.
+fn kernel() -> Finding {
+    let uname = rustix::system::uname();
+    let release = uname.release().to_string_lossy().into_owned();
+    let mut parts = release
+        .split(|c: char| !c.is_ascii_digit())
+        .map(|p| p.parse::<u32>());
+    let version = (
+        parts.next().and_then(Result::ok),
+        parts.next().and_then(Result::ok),
+    );
+    match version {
+        (Some(major), Some(minor)) if (major, minor) >= (6, 12) => {
+            finding("kernel", Level::Ok, release, "")
+        }
+        _ => finding(
+            "kernel",
+            Level::Weakened,
+            format!(
+                "{release} is below 6.12: ISO-3 loses Landlock's signal and socket scopes, KMS-5 may lose secret memory"
+            ),
+            "apt-get install -t bookworm-backports linux-image-amd64",
+        ),
+    }
+}
+
+fn landlock() -> Finding {
+    let lsm = std::fs::read_to_string("/sys/kernel/security/lsm").unwrap_or_default();
+    if lsm.contains("landlock") {
+        finding("Landlock", Level::Ok, lsm.trim().to_owned(), "")
+    } else {
+        finding(
+            "Landlock",
+            Level::Weakened,
+            "not among the active security modules (or securityfs is not mounted): ISO-3 rests on namespaces and seccomp alone",
+            "add landlock to the kernel's lsm= parameter",
+        )
+    }
+}
+
+fn secret_memory() -> Finding {
+    match seal::secret::SecretArena::new(4096) {
+        Ok(_) => finding("secret memory", Level::Ok, "memfd_secret works", ""),
+        Err(e) => finding(
+            "secret memory",
+            Level::Missing,
+            format!("memfd_secret: {e}; keys would be readable by root through /proc"),
+            "boot with secretmem.enable=1",
+        ),
+    }
+}
+
+fn device(path: &str) -> bool {
+    std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(path)
+        .is_ok()
+}
+
+fn fuse() -> Finding {
+    if device("/dev/fuse") {
+        finding("FUSE", Level::Ok, "/dev/fuse opens", "")
+    } else {
+        finding(
+            "FUSE",
+            Level::Missing,
+            "/dev/fuse does not open",
+            "modprobe fuse",
+        )
+    }
+}
+
+fn kvm() -> Finding {
+    if device("/dev/kvm") {
+        finding(
+            "KVM",
+            Level::Weakened,
+            "/dev/kvm opens, which proves nothing; `casemate verify ISO-1` says which accelerator runs and why",
+            "run on a machine with hardware virtualisation for production",
+        )
+    } else {
+        finding(
+            "KVM",
+            Level::Weakened,
+            "no /dev/kvm: guests run under QEMU's software emulation, ISO-1 is not hardware-enforced",
+            "enable virtualisation in the firmware, modprobe kvm_amd or kvm_intel",
+        )
+    }
+}
+
+fn cgroup() -> Finding {
+    let v2 = std::fs::read_to_string("/sys/fs/cgroup/cgroup.controllers").unwrap_or_default();
+    let v1 = ["cpu", "memory", "pids"]
+        .iter()
+        .all(|c| Path::new("/sys/fs/cgroup").join(c).is_dir());
+    if ["cpu", "memory", "pids"]
+        .iter()
+        .all(|c| v2.split_whitespace().any(|x| x == *c))
+    {
+        finding("cgroups", Level::Ok, "v2", "")
+    } else if v1 {
+        finding("cgroups", Level::Ok, "v1 holds the controllers", "")
+    } else {
+        finding(
+            "cgroups",
+            Level::Weakened,
+            "no cpu, memory and pids controllers: ISO-8 has no limits",
+            "boot with systemd.unified_cgroup_hierarchy=1",
+        )
+    }
+}
+
+fn program_there(program: &'static str, package: &str) -> Finding {
+    let dirs = ["/usr/sbin", "/usr/bin", "/sbin", "/bin"];
+    match dirs
+        .iter()
+        .map(|d| Path::new(d).join(program))
+        .find(|p| p.exists())
+    {
+        Some(path) => finding(program, Level::Ok, path.display().to_string(), ""),
+        None => finding(
+            program,
+            Level::Missing,
+            "not found",
+            &format!("apt-get install {package}"),
+        ),
+    }
+}
+
+fn library(name: &'static str, package: &str) -> Finding {
+    let out = Command::new("/sbin/ldconfig").arg("-p").output();
+    match out {
+        Ok(o) if String::from_utf8_lossy(&o.stdout).contains(name) => {
+            finding(name, Level::Ok, "in the loader's cache", "")
+        }
+        _ => finding(
+            name,
+            Level::Missing,
+            "not found",
+            &format!("apt-get install {package}"),
+        ),
+    }
+}
+
+fn artifacts(paths: &Paths) -> Finding {
+    let manifest = paths.artifacts().join("manifest.json");
+    if manifest.exists() {
+        finding(
+            "kernel and images",
+            Level::Ok,
+            paths.artifacts().display().to_string(),
+            "",
+        )
+    } else {
+        finding(
+            "kernel and images",
+            Level::Missing,
+            format!("{} is missing", manifest.display()),
+            &format!("cargo xtask image --out {}", paths.artifacts().display()),
+        )
+    }
+}
+
+fn swap() -> Finding {
+    let swaps = std::fs::read_to_string("/proc/swaps").unwrap_or_default();
+    if swaps.lines().count() <= 1 {
+        finding("swap", Level::Ok, "none", "")
+    } else {
+        finding(
+            "swap",
+            Level::Weakened,
+            "on: guest memory can reach a disk in clear (DSK-7, DSK-8); keys can't, they are in secret memory",
+            "swapoff -a, and take it out of /etc/fstab",
+        )
+    }
+}
+
+fn cores() -> Finding {
+    let pattern = std::fs::read_to_string("/proc/sys/kernel/core_pattern").unwrap_or_default();
+    finding(
+        "core dumps",
+        Level::Ok,
+        format!(
+            "pattern {:?}; every process of the platform that holds a key forbids its own",
+            pattern.trim()
+        ),
+        "",
+    )
+}
+
+fn unseal(config: &Config) -> Finding {
+    match config.kms.unseal {
+        api::kms::Unseal::Passphrase => finding("KMS unseal", Level::Ok, "passphrase", ""),
+        api::kms::Unseal::File => finding(
+            "KMS unseal",
+            Level::Weakened,
+            "a file beside the ciphertext: KMS-2 and DSK-3 are not_yet",
+            "set kms.unseal = \"passphrase\" in casemate.toml before the first `casemate up`",
+        ),
+    }
+}
