@@ -1,0 +1,321 @@
+//! From "the disk is there" to a workspace. The order is a matter of safety:
+//!
+//! 1. clock, identity, config digest: whose this is, and that it is what the lease says;
+//! 2. the kernel's generator is reseeded **before any key is made**: twins of one template differ;
+//! 3. partition, ext4, overlay, names;
+//! 4. network last: nothing can arrive before the verifiers are there.
+//!
+//! Must never go on after a failed step, or keep the seeds longer than it needs them.
+
+use std::fs::{self, File};
+use std::io;
+use std::net::Ipv4Addr;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use api::agent::{Attach, GuestConfig, VOLUME_OFFSET_BYTES, tls_name};
+use rustix::fs::Mode;
+use rustix::mount::MountFlags;
+use seal::tls::rustls::ServerConfig;
+
+use crate::auth::{Auth, state_verify};
+use crate::boot::{BASE, BootError, mount, step};
+use crate::identity::{self, Identity, IdentityError};
+use crate::launch::Launcher;
+use crate::limits::{DISK_SIZE_WAIT, LEAF_TTL};
+use crate::net::{self, Address};
+use crate::{rootfs, sys};
+
+/// Where the workspace's disk is mounted in the agent's namespace.
+pub const DISK: &str = "/disk";
+const DEVICE: &str = "/dev/vdb";
+const PARTITION: &str = "/dev/vdb1";
+const ROOT_NEW: &str = "/root-new";
+/// The newest token state this workspace has seen: a host can't bring back an older one.
+pub const TOKEN_STATE: &str = "/disk/casemate/token-state";
+
+/// Why there is no workspace.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// A field of the request.
+    #[error("attach: {0}")]
+    Request(&'static str),
+    /// The identity block.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// The config is not the one that the lease names.
+    #[error("the config's digest is not the identity block's")]
+    ConfigDigest,
+    /// The token state is not mint's for this workspace and this identity.
+    #[error("the token state is not this workspace's")]
+    TokenState,
+    /// The kernel refused a step.
+    #[error(transparent)]
+    Step(#[from] BootError),
+    /// The TLS key or certificate could not be made.
+    #[error("making the TLS certificate: {0}")]
+    Tls(#[from] seal::SealError),
+}
+
+impl AttachError {
+    /// One word for the host.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Request(_) => "attach_invalid",
+            Self::Identity(_) => "identity_unreadable",
+            Self::ConfigDigest => "config_mismatch",
+            Self::TokenState => "token_state_invalid",
+            Self::Step(_) => "attach_failed",
+            Self::Tls(_) => "tls_failed",
+        }
+    }
+}
+
+/// A workspace that is ready to be served.
+pub struct Workspace {
+    /// Auth and files; the task table is made by the runtime.
+    pub auth: Auth,
+    /// The workspace's files.
+    pub files: Arc<crate::fsroot::FsRoot>,
+    /// Starts its processes.
+    pub launcher: Launcher,
+    /// For the edge's listener.
+    pub tls: Arc<ServerConfig>,
+    /// Runs once it is up.
+    pub cmd: Vec<String>,
+}
+
+/// Becomes the workspace.
+///
+/// # Errors
+/// Which step failed; the machine is of no further use then.
+pub fn attach(attach: &Attach) -> Result<Workspace, AttachError> {
+    let address =
+        Address::parse(&attach.ip, attach.prefix, &attach.gateway).map_err(AttachError::Request)?;
+    clock_set(attach.time_unix_ns)?;
+    let (identity, device) = identity::read(Path::new(DEVICE))?;
+    let config = config_check(&attach.config, &identity)?;
+    sys::random_reseed(&identity.seed).map_err(step("reseeding the kernel's generator"))?;
+    let tls = tls_config(&identity)?;
+    disk_mount(&device)?;
+    drop(device);
+    let auth = auth(&identity, &attach.token_state)?;
+    let root = rootfs::assemble(Path::new(BASE), Path::new(DISK), Path::new(ROOT_NEW))?;
+    names_set(&root.files, &config.hostname, &address)?;
+    net::configure(&address).map_err(step("configuring eth0"))?;
+    Ok(Workspace {
+        auth,
+        files: Arc::new(root.files),
+        launcher: Launcher::new(Some(root.namespace), &config.env),
+        tls,
+        cmd: config.cmd,
+    })
+}
+
+/// Sets the machine's clock.
+///
+/// # Errors
+/// If the kernel refuses the time.
+pub fn clock_set(unix_ns: u64) -> Result<(), BootError> {
+    let time = rustix::time::Timespec {
+        tv_sec: i64::try_from(unix_ns / 1_000_000_000).unwrap_or(i64::MAX),
+        tv_nsec: i64::try_from(unix_ns % 1_000_000_000).unwrap_or(0),
+    };
+    rustix::time::clock_settime(rustix::time::ClockId::Realtime, time)
+        .map_err(|e| step("setting the clock")(e.into()))
+}
+
+/// The certificate's private key is fresh for each start and stays in this process.
+pub(crate) fn tls_config(identity: &Identity) -> Result<Arc<ServerConfig>, AttachError> {
+    let issuer = seal::tls::Identity::from_seed(&identity.identity_seed);
+    let leaf = issuer.leaf(&tls_name(&identity.workspace), LEAF_TTL)?;
+    Ok(seal::tls::server_config(
+        leaf,
+        Some(identity.edge_key),
+        seal::tls::HTTP1,
+    )?)
+}
+
+fn config_check(text: &str, identity: &Identity) -> Result<GuestConfig, AttachError> {
+    let digest = seal::hash::sha256(text.as_bytes());
+    if !seal::hash::ct_eq(&digest, &identity.config_digest) {
+        return Err(AttachError::ConfigDigest);
+    }
+    let config: GuestConfig = serde_json::from_str(text)
+        .map_err(|_| AttachError::Request("config is not a guest config"))?;
+    if config.workspace != identity.workspace {
+        return Err(AttachError::Request("config is another workspace's"));
+    }
+    let hostname = config.hostname.as_bytes();
+    let label = |b: &u8| b.is_ascii_alphanumeric() || *b == b'-';
+    if !(1..=63).contains(&hostname.len()) || !hostname.iter().all(label) {
+        return Err(AttachError::Request("hostname must be an RFC 1123 label"));
+    }
+    Ok(config)
+}
+
+/// Starts from the newer of the host's token state and the one on the disk.
+fn auth(identity: &Identity, given: &str) -> Result<Auth, AttachError> {
+    let state = |signed: &str| state_verify(&identity.workspace, &identity.mint_key, signed);
+    let new = state(given).map_err(|_| AttachError::TokenState)?;
+    let public = seal::tls::Identity::from_seed(&identity.identity_seed).public();
+    if new.identity_pub != public.to_hex() {
+        return Err(AttachError::TokenState);
+    }
+    let stored = fs::read_to_string(TOKEN_STATE).unwrap_or_default();
+    let newest = match state(&stored) {
+        Ok(held) if held.seq > new.seq => stored.as_str(),
+        _ => {
+            token_state_store(Path::new(TOKEN_STATE), given)
+                .map_err(step("storing the token state"))?;
+            given
+        }
+    };
+    let (workspace, mint, gateway) = (
+        identity.workspace.clone(),
+        identity.mint_key,
+        identity.gateway_key,
+    );
+    Auth::new(workspace, mint, gateway, newest).map_err(|_| AttachError::TokenState)
+}
+
+/// Keeps a token state for the next start.
+///
+/// # Errors
+/// The kernel's answer.
+pub fn token_state_store(path: &Path, signed: &str) -> io::Result<()> {
+    if fs::read(path).is_ok_and(|held| held == signed.as_bytes()) {
+        return Ok(());
+    }
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    let temporary = path.with_extension("new");
+    let mut file = File::create(&temporary)?;
+    io::Write::write_all(&mut file, signed.as_bytes())?;
+    fs::rename(&temporary, path)
+}
+
+/// Makes the volume behind the identity area a partition and mounts its ext4.
+fn disk_mount(device: &File) -> Result<(), BootError> {
+    let size_bytes = size_wait(device).map_err(step("reading the size of the disk"))?;
+    let length_bytes = size_bytes - VOLUME_OFFSET_BYTES;
+    sys::partition_add(device, VOLUME_OFFSET_BYTES, length_bytes)
+        .map_err(step("adding the disk's partition"))?;
+    let flags = MountFlags::NOATIME | MountFlags::NODEV;
+    mount(PARTITION, "ext4", Path::new(DISK), flags, Some(c"discard"))
+        .map_err(step(format!("mounting {PARTITION} (ext4)")))?;
+    grow(length_bytes);
+    Ok(())
+}
+
+/// The size of the device, once it can hold the file system on it: after a late attach the
+/// kernel may need a moment to see it.
+fn size_wait(device: &File) -> io::Result<u64> {
+    let deadline = Instant::now() + DISK_SIZE_WAIT;
+    loop {
+        let size_bytes = sys::device_size(device)?;
+        let need_bytes = VOLUME_OFFSET_BYTES + ext4_size_bytes(device)?;
+        if size_bytes >= need_bytes && size_bytes > VOLUME_OFFSET_BYTES {
+            return Ok(size_bytes);
+        }
+        if Instant::now() > deadline {
+            let what = format!("has {size_bytes} bytes, its file system needs {need_bytes}");
+            return Err(io::Error::other(what));
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Size of the ext4 on the volume, from its superblock.
+fn ext4_size_bytes(device: &File) -> io::Result<u64> {
+    #[repr(C, align(4096))]
+    struct Block([u8; 4096]);
+    let mut block = Box::new(Block([0; 4096]));
+    device.read_exact_at(&mut block.0, VOLUME_OFFSET_BYTES)?;
+    let superblock = &block.0[1024..2048];
+    let word = |at: usize| {
+        let bytes = [
+            superblock[at],
+            superblock[at + 1],
+            superblock[at + 2],
+            superblock[at + 3],
+        ];
+        u64::from(u32::from_le_bytes(bytes))
+    };
+    if superblock[0x38..0x3a] != [0x53, 0xef] {
+        return Err(io::Error::other("there is no ext4 on it"));
+    }
+    let (blocks_low, block_size_log, blocks_high) = (word(0x04), word(0x18), word(0x150));
+    let blocks = if word(0x60) & 0x80 == 0 {
+        blocks_low
+    } else {
+        blocks_high << 32 | blocks_low
+    };
+    if block_size_log > 6 {
+        return Err(io::Error::other("its ext4 has an impossible block size"));
+    }
+    Ok(blocks.saturating_mul(1024 << block_size_log))
+}
+
+/// Lets the file system grow into a disk that has become larger; in the background, as it works
+/// without too.
+fn grow(length_bytes: u64) {
+    let Ok(disk) = File::open(DISK) else { return };
+    let Ok(stat) = rustix::fs::fstatvfs(&disk) else {
+        return;
+    };
+    let blocks = length_bytes / stat.f_frsize.max(1);
+    // f_blocks leaves out the file system's own blocks, so it is compared generously.
+    if blocks > stat.f_blocks + stat.f_blocks / 8 + (64 << 20) / stat.f_frsize.max(1) {
+        std::thread::spawn(move || sys::ext4_resize(&disk, blocks));
+    }
+}
+
+/// Hostname, hosts, resolver and machine id.
+fn names_set(
+    files: &crate::fsroot::FsRoot,
+    hostname: &str,
+    address: &Address,
+) -> Result<(), BootError> {
+    rustix::system::sethostname(hostname.as_bytes())
+        .map_err(|e| step("setting the hostname")(e.into()))?;
+    let hosts = format!(
+        "127.0.0.1 localhost\n{} {hostname}\n",
+        if address.ip == Ipv4Addr::UNSPECIFIED {
+            Ipv4Addr::LOCALHOST
+        } else {
+            address.ip
+        }
+    );
+    let mode = Mode::from_raw_mode(0o644);
+    for (path, content) in [
+        ("/etc/hostname", format!("{hostname}\n")),
+        ("/etc/hosts", hosts),
+        (
+            "/etc/resolv.conf",
+            format!("nameserver {}\n", address.gateway),
+        ),
+    ] {
+        files
+            .replace_if_changed(path, content.as_bytes(), mode)
+            .map_err(step(format!("writing {path}")))?;
+    }
+    // The base image's is everybody's; this workspace gets its own at its first start.
+    if fs::symlink_metadata(Path::new(DISK).join("upper/etc/machine-id")).is_err() {
+        let id = format!("{}\n", hex::encode(seal::random::bytes::<16>()));
+        files
+            .replace("/etc/machine-id", id.as_bytes(), Mode::from_raw_mode(0o444))
+            .map_err(step("writing /etc/machine-id"))?;
+    }
+    Ok(())
+}
+
+/// The machine's memory.
+pub(crate) fn memory_bytes() -> u64 {
+    let info = rustix::system::sysinfo();
+    (info.totalram as u64).saturating_mul(u64::from(info.mem_unit))
+}

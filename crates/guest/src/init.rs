@@ -1,0 +1,219 @@
+//! PID 1: boot, then whatever vmctl says, until the machine is off.
+//!
+//! ```text
+//! boot ──booted──▶ blank ──attach──▶ up ──shutdown──▶ down
+//!                  ▲   │ rehearse, clock      │ clock
+//!                  └───┘                      └─ attach, rehearse: refused
+//! ```
+//!
+//! While blank everything runs in one thread, and no random byte is drawn in this process: what
+//! is saved in a template has no state that twins would share.
+
+use std::fs::File;
+use std::net::Ipv4Addr;
+use std::os::fd::IntoRawFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Duration;
+
+use api::agent::{FromGuest, ToGuest, Up};
+use rustix::mount::MountFlags;
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+
+use crate::attach::{self, TOKEN_STATE, Workspace, memory_bytes};
+use crate::boot::{self, BootError, step};
+use crate::channel::{Received, Receiver, Sender};
+use crate::exec::Tasks;
+use crate::http::{Service, serve_direct, serve_edge};
+use crate::launch::Launcher;
+use crate::{power, reap, rehearse};
+
+/// The agent's port for the edge: mutual TLS.
+pub const EDGE_PORT: u16 = 9991;
+/// The agent's port for direct callers: the raw connection token.
+pub const DIRECT_PORT: u16 = 9990;
+
+/// Runs as PID 1; does not return.
+pub fn run() -> ! {
+    stdio_open();
+    std::panic::set_hook(Box::new(|info| {
+        // The place only: a message could quote what it stumbled over.
+        eprintln!("casemate-guest: panicked at {:?}", info.location());
+    }));
+    // A failure before the port is open can be told to the console only.
+    let ported = catch_unwind(|| boot::prepare().and_then(|()| boot::port_open()));
+    let (sender, receiver) = match ported {
+        Ok(Ok(port)) => port,
+        Ok(Err(error)) => stay(&format!("casemate-guest: {error}")),
+        Err(_) => stay("casemate-guest: panicked while booting"),
+    };
+    let lived = catch_unwind(AssertUnwindSafe(|| blank(&sender, receiver)));
+    if lived.is_err() {
+        sender.send_failed("agent_panicked", "the agent panicked; end this machine");
+    }
+    stay("casemate-guest: nothing left to do")
+}
+
+/// Descriptors 0 to 2, where a kernel without a console gives none: else the first files that
+/// are opened would become a child's standard streams.
+pub fn stdio_open() {
+    loop {
+        match File::options().read(true).write(true).open("/dev/null") {
+            Ok(null) => {
+                if null.into_raw_fd() > 2 {
+                    return; // This one stays open, which costs nothing.
+                }
+            }
+            Err(_) => {
+                let flags = MountFlags::empty();
+                let dev = std::path::Path::new("/dev");
+                if boot::mount("devtmpfs", "devtmpfs", dev, flags, None).is_err() {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+fn blank(sender: &Sender, mut receiver: Receiver) {
+    match boot::base_mount() {
+        Ok(()) => tell(
+            sender,
+            &FromGuest::Booted {
+                version: env!("CARGO_PKG_VERSION").into(),
+            },
+        ),
+        Err(error) => sender.send_failed("boot_failed", &error.to_string()),
+    }
+    loop {
+        let message = match receiver.receive() {
+            Ok(Received::Message(message)) => *message,
+            Ok(Received::Malformed) => {
+                sender.send_failed("message_malformed", "not a message to the guest");
+                continue;
+            }
+            Err(_) => return,
+        };
+        match message {
+            ToGuest::Rehearse => match rehearse::rehearse() {
+                Ok(()) => tell(sender, &FromGuest::Rehearsed),
+                Err(error) => sender.send_failed("rehearse_failed", &error.to_string()),
+            },
+            ToGuest::Clock { time_unix_ns } => clock_set(sender, time_unix_ns),
+            ToGuest::Attach(message) => match attach::attach(&message) {
+                Ok(workspace) => {
+                    if let Err(error) = up(workspace, sender, receiver) {
+                        sender.send_failed("service_failed", &error.to_string());
+                        return;
+                    }
+                    down(sender);
+                }
+                Err(error) => sender.send_failed(error.code(), &error.to_string()),
+            },
+            ToGuest::Shutdown => down(sender),
+        }
+    }
+}
+
+/// Serves the workspace until vmctl says shutdown.
+fn up(workspace: Workspace, sender: &Sender, receiver: Receiver) -> Result<(), BootError> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(step("starting the runtime"))?;
+    let Workspace {
+        auth,
+        files,
+        launcher,
+        tls,
+        cmd,
+    } = workspace;
+    let served = runtime.block_on(async {
+        let any = Ipv4Addr::UNSPECIFIED;
+        let edge = TcpListener::bind((any, EDGE_PORT))
+            .await
+            .map_err(step("listening on 9991"))?;
+        let direct = TcpListener::bind((any, DIRECT_PORT))
+            .await
+            .map_err(step("listening on 9990"))?;
+        let mut messages = messages(receiver);
+        run_once(&launcher, &cmd);
+        let tasks = Tasks::new(launcher);
+        let state = Some(TOKEN_STATE.into());
+        let service = Service::new(auth, tasks, files, memory_bytes(), state);
+        tokio::spawn(serve_edge(edge, tls, Arc::clone(&service)));
+        tokio::spawn(serve_direct(direct, service));
+        let kernel = rustix::system::uname()
+            .release()
+            .to_string_lossy()
+            .into_owned();
+        tell(sender, &FromGuest::Up(Up { kernel }));
+        while let Some(received) = messages.recv().await {
+            match received {
+                Received::Message(message) => match *message {
+                    ToGuest::Clock { time_unix_ns } => clock_set(sender, time_unix_ns),
+                    ToGuest::Shutdown => break,
+                    ToGuest::Attach(_) | ToGuest::Rehearse => {
+                        sender.send_failed("already_attached", "a machine is one workspace, once");
+                    }
+                },
+                Received::Malformed => {
+                    sender.send_failed("message_malformed", "not a message to the guest");
+                }
+            }
+        }
+        Ok(())
+    });
+    if served.is_ok() {
+        power::processes_end();
+    }
+    runtime.shutdown_timeout(Duration::from_millis(500));
+    served
+}
+
+/// The workspace's own command. What it prints goes nowhere (SEE-1); how it ends is its affair.
+fn run_once(launcher: &Launcher, cmd: &[String]) {
+    reap::reaper();
+    if !cmd.is_empty() {
+        let _ = launcher.spawn_detached(cmd);
+    }
+}
+
+/// The channel's messages, read by a thread: the port does not poll well when nobody is there.
+fn messages(mut receiver: Receiver) -> mpsc::Receiver<Received> {
+    let (sender, messages) = mpsc::channel(16);
+    std::thread::spawn(move || {
+        while let Ok(received) = receiver.receive() {
+            if sender.blocking_send(received).is_err() {
+                return;
+            }
+        }
+    });
+    messages
+}
+
+fn clock_set(sender: &Sender, time_unix_ns: u64) {
+    if let Err(error) = attach::clock_set(time_unix_ns) {
+        sender.send_failed("clock_failed", &error.to_string());
+    }
+}
+
+fn down(sender: &Sender) -> ! {
+    power::disk_release();
+    tell(sender, &FromGuest::Down);
+    power::off()
+}
+
+/// Sends; when the port is gone there is nobody to tell.
+fn tell(sender: &Sender, message: &FromGuest) {
+    let _ = sender.send(message);
+}
+
+/// PID 1 must not end: the kernel would panic, and vmctl could not tell why.
+fn stay(last_words: &str) -> ! {
+    eprintln!("{last_words}");
+    loop {
+        std::thread::park();
+    }
+}

@@ -1,0 +1,200 @@
+//! The kernel calls that no library wraps, as safe functions.
+
+use std::fs::File;
+use std::io;
+use std::net::Ipv4Addr;
+use std::os::fd::AsRawFd;
+
+const BLKPG: libc::c_ulong = 0x1269;
+const BLKPG_ADD_PARTITION: libc::c_int = 1;
+const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
+const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
+const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
+const EXT4_IOC_RESIZE_FS: libc::c_ulong = 0x4008_6610;
+
+/// `struct blkpg_partition`.
+#[repr(C)]
+struct BlkpgPartition {
+    start: libc::c_longlong,
+    length: libc::c_longlong,
+    pno: libc::c_int,
+    devname: [u8; 64],
+    volname: [u8; 64],
+}
+
+/// `struct blkpg_ioctl_arg`.
+#[repr(C)]
+struct BlkpgArg {
+    op: libc::c_int,
+    flags: libc::c_int,
+    datalen: libc::c_int,
+    data: *mut BlkpgPartition,
+}
+
+/// `struct rand_pool_info` with room for a seed.
+#[repr(C)]
+struct RandPoolInfo {
+    entropy_count: libc::c_int,
+    buf_size: libc::c_int,
+    buf: [u8; 64],
+}
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    if result == -1 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+/// Adds partition 1 over `[start, start + length)` bytes of `disk`.
+pub(crate) fn partition_add(disk: &File, start: u64, length: u64) -> io::Result<()> {
+    let too_large = |_| io::Error::from(io::ErrorKind::InvalidInput);
+    let mut partition = BlkpgPartition {
+        start: i64::try_from(start).map_err(too_large)?,
+        length: i64::try_from(length).map_err(too_large)?,
+        pno: 1,
+        devname: [0; 64],
+        volname: [0; 64],
+    };
+    let mut arg = BlkpgArg {
+        op: BLKPG_ADD_PARTITION,
+        flags: 0,
+        datalen: std::mem::size_of::<BlkpgPartition>() as libc::c_int,
+        data: &raw mut partition,
+    };
+    // SAFETY: both structures are laid out as linux/blkpg.h says and outlive the call, which only
+    // reads them.
+    check(unsafe { libc::ioctl(disk.as_raw_fd(), BLKPG as _, &raw mut arg) })
+}
+
+/// Size of a block device, bytes.
+pub(crate) fn device_size(disk: &File) -> io::Result<u64> {
+    let mut size = 0u64;
+    // SAFETY: the kernel writes one u64 to `size`.
+    check(unsafe { libc::ioctl(disk.as_raw_fd(), BLKGETSIZE64 as _, &raw mut size) })?;
+    Ok(size)
+}
+
+/// Mixes `seed` into the kernel's generator, credits it, and makes the generator draw from it at
+/// once: two clones of one memory image differ from here on.
+pub(crate) fn random_reseed(seed: &[u8; 64]) -> io::Result<()> {
+    let urandom = File::options().write(true).open("/dev/urandom")?;
+    let mut info = seal::Zeroizing::new([0u8; std::mem::size_of::<RandPoolInfo>()]);
+    info[0..4].copy_from_slice(&512i32.to_ne_bytes());
+    info[4..8].copy_from_slice(&64i32.to_ne_bytes());
+    info[8..72].copy_from_slice(seed);
+    const { assert!(std::mem::size_of::<RandPoolInfo>() == 72) };
+    // SAFETY: `info` has the layout of `struct rand_pool_info` with 64 bytes behind it, is only
+    // read, and the ioctl uses get_user, so that alignment is of no matter.
+    check(unsafe { libc::ioctl(urandom.as_raw_fd(), RNDADDENTROPY as _, info.as_ptr()) })?;
+    // SAFETY: takes no argument.
+    check(unsafe { libc::ioctl(urandom.as_raw_fd(), RNDRESEEDCRNG as _) })
+}
+
+/// Grows the mounted ext4 that `on` lies on to `blocks` blocks.
+pub(crate) fn ext4_resize(on: &File, blocks: u64) -> io::Result<()> {
+    // SAFETY: the kernel reads one u64.
+    check(unsafe { libc::ioctl(on.as_raw_fd(), EXT4_IOC_RESIZE_FS as _, &raw const blocks) })
+}
+
+/// A socket for interface ioctls.
+pub(crate) struct Interfaces(std::net::UdpSocket);
+
+impl Interfaces {
+    pub(crate) fn new() -> io::Result<Self> {
+        // Any IPv4 socket will do; it is bound to nothing that matters and sends nothing.
+        std::net::UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).map(Self)
+    }
+
+    pub(crate) fn up(&self, name: &str, up: bool) -> io::Result<()> {
+        let mut request = ifreq(name)?;
+        self.ioctl(libc::SIOCGIFFLAGS, &mut request)?;
+        let bit = libc::IFF_UP as libc::c_short;
+        // SAFETY: the kernel just filled in the flags.
+        let flags = unsafe { request.ifr_ifru.ifru_flags };
+        request.ifr_ifru.ifru_flags = if up { flags | bit } else { flags & !bit };
+        self.ioctl(libc::SIOCSIFFLAGS, &mut request)
+    }
+
+    pub(crate) fn hardware_address(&self, name: &str, mac: [u8; 6]) -> io::Result<()> {
+        let mut request = ifreq(name)?;
+        let mut address = libc::sockaddr {
+            sa_family: libc::ARPHRD_ETHER,
+            sa_data: [0; 14],
+        };
+        for (to, from) in address.sa_data.iter_mut().zip(mac) {
+            *to = from as libc::c_char;
+        }
+        request.ifr_ifru.ifru_hwaddr = address;
+        self.ioctl(libc::SIOCSIFHWADDR, &mut request)
+    }
+
+    pub(crate) fn address(&self, name: &str, ip: Ipv4Addr, mask: Ipv4Addr) -> io::Result<()> {
+        let mut request = ifreq(name)?;
+        request.ifr_ifru.ifru_addr = sockaddr(ip);
+        self.ioctl(libc::SIOCSIFADDR, &mut request)?;
+        request.ifr_ifru.ifru_netmask = sockaddr(mask);
+        self.ioctl(libc::SIOCSIFNETMASK, &mut request)
+    }
+
+    /// A route to `to`/`mask` by `name`, through `gateway` if there is one.
+    pub(crate) fn route_add(
+        &self,
+        name: &str,
+        to: Ipv4Addr,
+        mask: Ipv4Addr,
+        gateway: Option<Ipv4Addr>,
+    ) -> io::Result<()> {
+        let request = ifreq(name)?;
+        // SAFETY: all-zero is a valid rtentry: integers, a null device and AF_UNSPEC addresses.
+        let mut route: libc::rtentry = unsafe { std::mem::zeroed() };
+        route.rt_dst = sockaddr(to);
+        route.rt_genmask = sockaddr(mask);
+        route.rt_flags = libc::RTF_UP;
+        if let Some(gateway) = gateway {
+            route.rt_gateway = sockaddr(gateway);
+            route.rt_flags |= libc::RTF_GATEWAY;
+        }
+        if mask == Ipv4Addr::BROADCAST {
+            route.rt_flags |= libc::RTF_HOST;
+        }
+        route.rt_dev = request.ifr_name.as_ptr().cast_mut();
+        // SAFETY: the route and the name it points to outlive the call, which only reads them.
+        let result =
+            unsafe { libc::ioctl(self.0.as_raw_fd(), libc::SIOCADDRT as _, &raw mut route) };
+        match check(result) {
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(()),
+            other => other,
+        }
+    }
+
+    fn ioctl(&self, what: libc::c_ulong, request: &mut libc::ifreq) -> io::Result<()> {
+        // SAFETY: every SIOC[GS]IF* call used here takes one ifreq and stays inside it.
+        check(unsafe { libc::ioctl(self.0.as_raw_fd(), what as _, &raw mut *request) })
+    }
+}
+
+fn ifreq(name: &str) -> io::Result<libc::ifreq> {
+    if name.len() >= libc::IFNAMSIZ {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    // SAFETY: all-zero is a valid ifreq: an empty name and a zeroed union of plain data.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    Ok(request)
+}
+
+fn sockaddr(ip: Ipv4Addr) -> libc::sockaddr {
+    let mut address = libc::sockaddr {
+        sa_family: libc::AF_INET as libc::sa_family_t,
+        sa_data: [0; 14],
+    };
+    // struct sockaddr_in: the port's two bytes, then the address.
+    for (to, from) in address.sa_data[2..6].iter_mut().zip(ip.octets()) {
+        *to = from as libc::c_char;
+    }
+    address
+}
