@@ -1,2 +1,65 @@
-//! Root behind a closed enum of requests.
-fn main() {}
+//! `casemate-warden`: root behind a closed enum of requests.
+//!
+//! `init` makes the machine's key; `run` serves; `jail` is how warden starts what it jails, and is
+//! of no use to anybody else: it takes its orders from descriptor 0.
+
+use anyhow::{Context as _, bail};
+use std::path::PathBuf;
+use warden::{Config, Layout, Network, Vmm, Warden};
+
+fn main() -> anyhow::Result<()> {
+    let mut args = std::env::args().skip(1).peekable();
+    if args.peek().is_some_and(|a| a == "jail") {
+        std::process::exit(warden::jail::launcher_main());
+    }
+    let (mut root, mut network, mut act) =
+        (PathBuf::new(), "10.117.0.0".to_owned(), "run".to_owned());
+    while let Some(arg) = args.next() {
+        let mut value = || args.next().with_context(|| format!("{arg} needs a value"));
+        match arg.as_str() {
+            "--root" => root = value()?.into(),
+            "--network" => network = value()?,
+            "init" | "run" => act = arg,
+            _ => bail!("usage: casemate-warden [--root DIR] [--network A.B.0.0] [run|init]"),
+        }
+    }
+    let layout = Layout::new(&root);
+    if act == "init" {
+        println!("{}", warden::Machine::init(&layout)?.trust());
+        return Ok(());
+    }
+    run(layout, warden::network_parse(&network)?)
+}
+
+fn run(layout: Layout, network: Network) -> anyhow::Result<()> {
+    let stop = warden::signals()?;
+    let uids = warden::server::uids(&layout)?;
+    let uid = |name: &str| {
+        uids.get(name)
+            .copied()
+            .with_context(|| format!("uids.json has no {name:?}"))
+    };
+    let host_uid = uid("host")?;
+    let programs = std::env::current_exe()?;
+    let programs = programs
+        .parent()
+        .context("the program is in no directory")?
+        .to_owned();
+    let warden = Warden::open(Config {
+        layout: layout.clone(),
+        network,
+        edge_uid: uid("edge")?,
+        host_uid,
+        launcher: "/proc/self/exe".into(),
+        programs,
+        vmm: Vmm::probe(),
+        fail_at: None,
+    })?;
+    let listener = warden::server::bind(&layout)?;
+    warden::server::serve(&warden, &listener, host_uid, &stop)?;
+    // Workspaces outlive an upgrade of warden; only a drain ends them.
+    if layout.own_run().join("drain").exists() {
+        warden.close_all();
+    }
+    Ok(())
+}

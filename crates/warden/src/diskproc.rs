@@ -1,0 +1,348 @@
+//! One workspace's disk: its file, its mount, its process, and the word about it that the KMS
+//! believes.
+//!
+//! ```text
+//! file (new: *.new) ─▶ fuse mount, attached nowhere ─▶ process ─hello─▶ attestation
+//!   ─grant─▶ ready ─▶ *.new renamed ─▶ file opened once as the VMM's uid ─▶ vmctl; mount closed
+//! ```
+//!
+//! A volume that was being formatted when anything died is still `*.new`: it never held data and
+//! is removed. Must never see a key: grants pass through sealed.
+
+use crate::fault::{At, Result, conflict, log};
+use crate::jail;
+use crate::layout::{open_beneath, remove, sync_dir_of};
+use crate::limits::{DISK_CLOSE_WAIT, HELLO_WAIT, KILL_WAIT, READY_WAIT};
+use crate::process::{Handle, readable};
+use api::disk::{FromDisk, ToDisk};
+use api::limits::CHANNEL_MESSAGE_MAX_BYTES;
+use api::{Error, ErrorCode};
+use model::WorkspaceId;
+use rustix::fd::{AsFd, AsRawFd, OwnedFd};
+use rustix::fs::{FlockOperation, Gid, OFlags, Uid};
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// A workspace's file of ciphertext.
+#[derive(Debug)]
+pub struct Backing {
+    /// Open for reading and writing, locked; the lock is the open file's, so it holds as long as
+    /// any process has it.
+    pub file: OwnedFd,
+    /// It has to be formatted.
+    pub fresh: bool,
+}
+
+/// The directory of disks.
+#[derive(Debug, Clone)]
+pub struct Disks {
+    dir: PathBuf,
+}
+
+impl Disks {
+    /// The disks in `dir`.
+    #[must_use]
+    pub fn new(dir: PathBuf) -> Self {
+        Self { dir }
+    }
+
+    /// Opens, or begins, the workspace's file.
+    ///
+    /// # Errors
+    /// [`ErrorCode::Conflict`] while another process has it.
+    pub fn open(&self, workspace: &WorkspaceId, uid: u32) -> Result<Backing> {
+        let path = self.path(workspace);
+        let (file, fresh) = match open_beneath(&self.dir, &name(workspace), OFlags::RDWR, 0) {
+            Ok(file) => (file, false),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                let flags = OFlags::RDWR | OFlags::CREATE;
+                let file = open_beneath(&self.dir, &new_name(workspace), flags, 0o600);
+                (file.at("make", path.display())?, true)
+            }
+            Err(e) => return Err(e).at("open", path.display()),
+        };
+        rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)
+            .map_err(|_| conflict("the workspace's disk is in use; stop it first"))?;
+        if fresh {
+            // What an interrupted format left is no volume.
+            rustix::fs::ftruncate(&file, 0).at("empty", path.display())?;
+        }
+        rustix::fs::fchown(&file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(uid)))
+            .at("own", path.display())?;
+        Ok(Backing { file, fresh })
+    }
+
+    /// Makes a formatted volume the workspace's disk, durably.
+    ///
+    /// # Errors
+    /// The file's.
+    pub fn keep(&self, workspace: &WorkspaceId, file: &OwnedFd) -> Result {
+        let path = self.path(workspace);
+        rustix::fs::fsync(file).at("sync", path.display())?;
+        std::fs::rename(self.dir.join(new_name(workspace)), &path)
+            .and_then(|()| sync_dir_of(&path))
+            .at("keep", path.display())
+    }
+
+    /// Gives a closed disk back to root, with all that was written on the platter.
+    ///
+    /// # Errors
+    /// The file's.
+    pub fn rest(&self, workspace: &WorkspaceId) -> Result {
+        match open_beneath(&self.dir, &name(workspace), OFlags::RDWR, 0) {
+            Ok(file) => {
+                rustix::fs::fdatasync(&file).at("sync the disk of", workspace)?;
+                rustix::fs::fchown(&file, Some(Uid::ROOT), Some(Gid::ROOT))
+                    .at("own the disk of", workspace)
+            }
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// Removes a volume that was never finished.
+    ///
+    /// # Errors
+    /// The file's.
+    pub fn forget_new(&self, workspace: &WorkspaceId) -> Result {
+        remove(&self.dir.join(new_name(workspace)))
+    }
+
+    /// Removes every volume that was never finished.
+    ///
+    /// # Errors
+    /// The directory's.
+    pub fn sweep_new(&self) -> Result {
+        for entry in std::fs::read_dir(&self.dir)
+            .at("read", self.dir.display())?
+            .flatten()
+        {
+            if entry.path().extension().is_some_and(|e| e == "new") {
+                remove(&entry.path())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the workspace's disk, durably. None is as good.
+    ///
+    /// # Errors
+    /// [`ErrorCode::Conflict`] while a process has it.
+    pub fn erase(&self, workspace: &WorkspaceId) -> Result {
+        let path = self.path(workspace);
+        if let Ok(file) = open_beneath(&self.dir, &name(workspace), OFlags::RDWR, 0) {
+            rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)
+                .map_err(|_| conflict("the workspace's disk is in use; stop it first"))?;
+        }
+        self.forget_new(workspace)?;
+        remove(&path)?;
+        sync_dir_of(&path).at("sync the directory of", path.display())
+    }
+
+    /// Bytes that the workspace's disk takes up.
+    #[must_use]
+    pub fn bytes(&self, workspace: &WorkspaceId) -> u64 {
+        use std::os::unix::fs::MetadataExt as _;
+        std::fs::symlink_metadata(self.path(workspace)).map_or(0, |m| m.blocks() * 512)
+    }
+
+    fn path(&self, workspace: &WorkspaceId) -> PathBuf {
+        self.dir.join(name(workspace))
+    }
+}
+
+fn name(workspace: &WorkspaceId) -> String {
+    format!("{workspace}.luks")
+}
+
+fn new_name(workspace: &WorkspaceId) -> String {
+    format!("{workspace}.new")
+}
+
+/// A FUSE mount of one file that is attached nowhere.
+pub struct Mount {
+    /// The mount; closed, no path to the file is left.
+    pub mount: OwnedFd,
+    /// The server's connection.
+    pub server: OwnedFd,
+    /// A second connection to the same mount, for a second thread.
+    pub clone: OwnedFd,
+}
+
+/// Makes a mount whose file only `uid` (real, effective and saved) may open.
+///
+/// # Errors
+/// The step that failed.
+pub fn mount(uid: u32) -> Result<Mount> {
+    let open = || {
+        rustix::fs::open(
+            "/dev/fuse",
+            OFlags::RDWR | OFlags::CLOEXEC,
+            rustix::fs::Mode::empty(),
+        )
+    };
+    let server = open().at("open", "/dev/fuse")?;
+    let fs = rustix::mount::fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC).at("open", "fuse")?;
+    let id = uid.to_string();
+    for (key, value) in [
+        ("source", "casemate"),
+        ("fd", server.as_raw_fd().to_string().as_str()),
+        ("rootmode", "100000"),
+        ("user_id", &id),
+        ("group_id", &id),
+    ] {
+        rustix::mount::fsconfig_set_string(&fs, key, value).at("configure fuse", key)?;
+    }
+    rustix::mount::fsconfig_create(&fs).at("create", "a fuse mount")?;
+    let attrs = MountAttrFlags::MOUNT_ATTR_NOSUID
+        | MountAttrFlags::MOUNT_ATTR_NODEV
+        | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    let mount = rustix::mount::fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attrs)
+        .at("make", "a fuse mount")?;
+    let clone = open().at("open", "/dev/fuse")?;
+    let mut of = server.as_raw_fd().cast_unsigned();
+    const FUSE_DEV_IOC_CLONE: libc::Ioctl = 0x8004_e500;
+    // SAFETY: the ioctl reads one u32, which outlives the call.
+    if unsafe { libc::ioctl(clone.as_raw_fd(), FUSE_DEV_IOC_CLONE, &raw mut of) } != 0 {
+        return Err(std::io::Error::last_os_error()).at("clone", "a fuse connection");
+    }
+    Ok(Mount {
+        mount,
+        server,
+        clone,
+    })
+}
+
+/// A running disk process.
+pub struct Disk {
+    /// The process.
+    pub handle: Handle,
+    /// Its channel; an adopted one has none.
+    pub control: Option<OwnedFd>,
+    /// The mount, until the file is opened.
+    pub mount: Option<OwnedFd>,
+    /// The file.
+    pub file: Option<OwnedFd>,
+}
+
+impl Disk {
+    /// Its ephemeral public key.
+    ///
+    /// # Errors
+    /// When it says anything else, or nothing.
+    pub fn hello(&self) -> Result<String> {
+        match self.receive(HELLO_WAIT)? {
+            FromDisk::Hello { hpke_pub } => {
+                crate::layout::check_digest_id("hpke_pub", &hpke_pub).map(|()| hpke_pub)
+            }
+            FromDisk::Failed { code, message } => Err(failed(code, &message)),
+            FromDisk::Ready { .. } => Err(Error::internal(
+                "the disk process is ready before its grant",
+            )),
+        }
+    }
+
+    /// Hands over the sealed grant; the size of the file, once the volume is open.
+    ///
+    /// # Errors
+    /// The disk process's own.
+    pub fn grant(&self, sealed: String, aad: String, format: bool) -> Result<u64> {
+        self.send(&ToDisk::Grant {
+            sealed,
+            aad,
+            format,
+        })?;
+        match self.receive(READY_WAIT)? {
+            FromDisk::Ready { size_bytes } => Ok(size_bytes),
+            FromDisk::Failed { code, message } => Err(failed(code, &message)),
+            FromDisk::Hello { .. } => Err(Error::internal("the disk process says hello twice")),
+        }
+    }
+
+    /// Ends it after its VMM is gone: flushed if it still listens, killed if not in time. What
+    /// it wrote is in the kernel's hands either way; [`Disks::rest`] brings it to the platter.
+    pub fn end(&self) {
+        let asked = self.control.is_some() && self.send(&ToDisk::Close).is_ok();
+        let wait = if asked {
+            DISK_CLOSE_WAIT
+        } else {
+            Duration::ZERO
+        };
+        if !self.handle.wait_gone(wait) && !self.handle.kill(KILL_WAIT) {
+            log(
+                "disk.stuck",
+                serde_json::json!({"pid": self.handle.proc.pid}),
+            );
+        }
+    }
+
+    fn send(&self, message: &ToDisk) -> Result {
+        let control = self
+            .control
+            .as_ref()
+            .ok_or_else(|| Error::internal("an adopted disk has no channel"))?;
+        jail::send(control, message, &[]).at("speak to", "the disk process")
+    }
+
+    fn receive(&self, wait: Duration) -> Result<FromDisk> {
+        let control = self
+            .control
+            .as_ref()
+            .ok_or_else(|| Error::internal("an adopted disk has no channel"))?;
+        if !readable(control.as_fd(), wait) {
+            return Err(Error::new(
+                ErrorCode::Timeout,
+                "the disk did not open in time; try again",
+            ));
+        }
+        let (bytes, _) = jail::recv(control.as_fd(), CHANNEL_MESSAGE_MAX_BYTES)
+            .at("hear", "the disk process")?;
+        if bytes.is_empty() {
+            return Err(Error::internal("the disk process died"));
+        }
+        serde_json::from_slice(&bytes).at("understand", "the disk process")
+    }
+}
+
+fn failed(code: ErrorCode, message: &str) -> Error {
+    Error::new(code, "the workspace's disk does not open").detail(message)
+}
+
+/// The empty file system of `mb` MiB that new volumes are filled from, made once per size.
+///
+/// # Errors
+/// mkfs's step that failed.
+pub fn ext4_template(
+    shipped: &Path,
+    made: &Path,
+    mb: u32,
+    format: impl FnOnce(OwnedFd) -> Result,
+) -> Result<OwnedFd> {
+    let name = format!("{mb}.img");
+    for dir in [shipped, made] {
+        if let Ok(file) = open_beneath(dir, &name, OFlags::RDONLY, 0) {
+            return Ok(file);
+        }
+    }
+    // A name of its own per thread: two starts may want the same size at once.
+    let temp = format!("{mb}.{}.tmp", rustix::thread::gettid().as_raw_nonzero());
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::TRUNC;
+    let file = open_beneath(made, &temp, flags, 0o600).at("make", &temp)?;
+    let uid = crate::limits::MKFS_UID;
+    rustix::fs::fchown(&file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(uid)))
+        .at("own", &temp)?;
+    rustix::fs::ftruncate(&file, u64::from(mb) << 20).at("size", &temp)?;
+    let done =
+        format(open_beneath(made, &temp, OFlags::PATH, 0).at("open", &temp)?).and_then(|()| {
+            rustix::fs::fchown(&file, Some(Uid::ROOT), Some(Gid::ROOT)).at("own", &temp)?;
+            rustix::fs::fchmod(&file, rustix::fs::Mode::from_raw_mode(0o444))
+                .at("make read-only", &temp)?;
+            rustix::fs::fsync(&file).at("sync", &temp)?;
+            std::fs::rename(made.join(&temp), made.join(&name)).at("keep", &name)
+        });
+    if done.is_err() {
+        remove(&made.join(&temp))?;
+    }
+    done?;
+    open_beneath(made, &name, OFlags::RDONLY, 0).at("open", &name)
+}

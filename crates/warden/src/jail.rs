@@ -1,0 +1,613 @@
+//! The jail: a fresh process (`casemate-warden jail`) that builds one root, clones one child into
+//! new namespaces, and exits; the child waits for warden's word before it becomes the program.
+//!
+//! ```text
+//! warden ──Plan + fds──▶ launcher ─clone(CLONE_PARENT)─▶ child ─ready─▶ (pid, pidfd) to warden
+//!                                                          │
+//!   journal written ── go ────────────────────────────────▶│ exec
+//!   warden died ── end of file ───────────────────────────▶│ exit: a half-made jail never runs
+//! ```
+//!
+//! It is a process of its own because warden has threads: after a fork of those, little may be
+//! called. Must never take a path or a command from anything but the [`Plan`].
+
+use crate::limits::{EXE_FD, NOFILE_MAX};
+use crate::seccomp;
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, PathBeneath, PathFd, Ruleset, RulesetAttr,
+    RulesetCreatedAttr, Scope,
+};
+use rustix::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags};
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
+};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags,
+};
+use rustix::process::{DumpableBehavior, Resource, Rlimit};
+use rustix::thread::{CapabilitySet, CapabilitySets};
+use serde::{Deserialize, Serialize};
+use std::ffi::CString;
+use std::io::{self, IoSlice, IoSliceMut, Write as _};
+use std::mem::MaybeUninit;
+use std::path::PathBuf;
+
+/// Most descriptors that travel with a plan.
+pub const PLAN_FDS_MAX: usize = 48;
+const PLAN_MAX_BYTES: usize = 64 << 10;
+
+/// What a jail is. Descriptors are named by their place in the message.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Plan {
+    /// uid and gid.
+    pub id: u32,
+    /// The program: a file in the root, or a descriptor.
+    pub program: Program,
+    /// Its arguments, the name first.
+    pub argv: Vec<String>,
+    /// A user namespace that maps `id` alone, so that not even root outside owns what is inside.
+    pub user_ns: bool,
+    /// Keep warden's network namespace out: always an empty one.
+    pub root: Vec<Entry>,
+    /// An empty directory to build the root on.
+    pub scratch: PathBuf,
+    /// Descriptors that become 3, 4, …
+    pub pass: Vec<usize>,
+    /// The descriptor that becomes 2; otherwise the launcher's own.
+    pub stderr: Option<usize>,
+    /// Directories of the control groups to join.
+    pub cgroups: Vec<PathBuf>,
+    /// For the out-of-memory killer.
+    pub oom_score_adj: i32,
+    /// Threads and processes.
+    pub nproc: u64,
+    /// Largest file it may write, bytes.
+    pub fsize_bytes: u64,
+    /// Memory it may lock, bytes.
+    pub memlock_bytes: u64,
+    /// Landlock, and the VMM's system-call list.
+    pub confine: bool,
+}
+
+/// What is run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Program {
+    /// A path inside the root.
+    Path(String),
+    /// A descriptor: the very file that was measured.
+    Fd(usize),
+    /// Nothing: opens the mount behind the descriptor read-write, and sends the file back.
+    OpenMount(usize),
+}
+
+/// One thing in the root.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Entry {
+    /// A file or directory, read-only.
+    Bind {
+        /// Its descriptor.
+        fd: usize,
+        /// Where, absolute.
+        at: String,
+    },
+    /// A file that may be written.
+    BindWrite {
+        /// Its descriptor.
+        fd: usize,
+        /// Where, absolute.
+        at: String,
+    },
+    /// A device.
+    Device {
+        /// Its descriptor.
+        fd: usize,
+        /// Where, absolute.
+        at: String,
+    },
+    /// A symbolic link.
+    Link {
+        /// What it says.
+        to: String,
+        /// Where, absolute.
+        at: String,
+    },
+}
+
+/// What the launcher tells warden.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Said {
+    /// The child waits; its pidfd came with this (or the opened file did).
+    Ready {
+        /// The child, as warden sees it.
+        pid: u32,
+    },
+    /// It could not; at which step and why.
+    Failed(String),
+}
+
+type Step<T = ()> = Result<T, String>;
+
+/// The launcher: everything comes by descriptor 0, once.
+#[must_use]
+pub fn launcher_main() -> i32 {
+    let sock = match high(rustix::stdio::stdin()) {
+        Ok(s) => s,
+        Err(_) => return 2,
+    };
+    match launch(&sock) {
+        Ok(()) => 0,
+        Err(why) => {
+            // Nobody left to tell is no reason to stay.
+            let _ = send(&sock, &Said::Failed(why), &[]);
+            1
+        }
+    }
+}
+
+fn launch(sock: &OwnedFd) -> Step {
+    let (bytes, fds) = recv(sock.as_fd(), PLAN_MAX_BYTES).map_err(at("receive the plan"))?;
+    let plan: Plan = serde_json::from_slice(&bytes).map_err(|e| format!("read the plan: {e}"))?;
+    let fds: Vec<OwnedFd> = fds
+        .into_iter()
+        .map(high)
+        .collect::<io::Result<_>>()
+        .map_err(at("keep the descriptors"))?;
+    rustix::process::umask(Mode::from_raw_mode(0o077));
+    rustix::thread::set_thread_groups(&[]).map_err(at("drop supplementary groups"))?;
+    if let Program::OpenMount(i) = plan.program {
+        return open_mount(sock, plan.id, pick(&fds, i)?);
+    }
+    for dir in &plan.cgroups {
+        write_file(&dir.join("cgroup.procs"), "0").map_err(at("join the control group"))?;
+    }
+    write_file(
+        "/proc/self/oom_score_adj".as_ref(),
+        &plan.oom_score_adj.to_string(),
+    )
+    .map_err(at("set oom_score_adj"))?;
+    // The old /proc stays reachable by this descriptor after the root is gone.
+    let proc = rustix::fs::open("/proc", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+        .map_err(at("open /proc"))?;
+    build_root(&plan, &fds)?;
+    let (mapped_r, mapped_w) =
+        rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(at("make a pipe"))?;
+    let mut flags = libc::CLONE_NEWPID
+        | libc::CLONE_NEWNET
+        | libc::CLONE_NEWIPC
+        | libc::CLONE_NEWUTS
+        | libc::CLONE_NEWCGROUP;
+    if plan.user_ns {
+        flags |= libc::CLONE_NEWUSER;
+    }
+    match clone_sibling(flags).map_err(at("clone"))? {
+        None => {
+            drop(mapped_w);
+            drop(proc);
+            let why = match child(sock, &plan, fds, &mapped_r) {
+                Ok(never) => match never {},
+                Err(why) => why,
+            };
+            let _ = send(sock, &Said::Failed(why), &[]);
+            // SAFETY: _exit takes a number and does not return.
+            unsafe { libc::_exit(1) }
+        }
+        Some((pid, pidfd)) => {
+            if plan.user_ns {
+                map_ids(&proc, pid, plan.id)?;
+            }
+            rustix::io::write(&mapped_w, b"m").map_err(at("release the child"))?;
+            send(sock, &Said::Ready { pid }, &[pidfd.as_fd()]).map_err(at("report"))
+        }
+    }
+}
+
+/// The child's way from clone to exec.
+fn child(
+    sock: &OwnedFd,
+    plan: &Plan,
+    fds: Vec<OwnedFd>,
+    mapped: &OwnedFd,
+) -> Step<std::convert::Infallible> {
+    let mut byte = [0u8; 1];
+    let n = rustix::io::read(mapped, &mut byte).map_err(at("wait for the id map"))?;
+    if n != 1 {
+        return Err("the launcher died".into());
+    }
+    let _ = rustix::system::sethostname(b"vm");
+    drop_privileges(plan.id)?;
+    let exe = match &plan.program {
+        Program::Path(p) => rustix::fs::open(
+            p.as_str(),
+            OFlags::PATH | OFlags::CLOEXEC | OFlags::NOFOLLOW,
+            Mode::empty(),
+        )
+        .map_err(at("open the program"))?,
+        Program::Fd(i) => {
+            rustix::io::fcntl_dupfd_cloexec(pick(&fds, *i)?, 3).map_err(at("keep the program"))?
+        }
+        Program::OpenMount(_) => return Err("a mount is no program".into()),
+    };
+    dup_to(exe.as_fd(), EXE_FD)?;
+    rustix::io::fcntl_setfd(borrow(EXE_FD), rustix::io::FdFlags::CLOEXEC)
+        .map_err(at("close the program on exec"))?;
+    let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+        .map_err(at("open /dev/null"))?;
+    dup_to(null.as_fd(), 0)?;
+    dup_to(null.as_fd(), 1)?;
+    if let Some(i) = plan.stderr {
+        dup_to(pick(&fds, i)?.as_fd(), 2)?;
+    }
+    let mut next: RawFd = 3;
+    for i in &plan.pass {
+        dup_to(pick(&fds, *i)?.as_fd(), next)?;
+        next += 1;
+    }
+    let sock_fd = sock.as_raw_fd();
+    close_all(next, sock_fd - 1)?;
+    close_all(sock_fd + 1, EXE_FD - 1)?;
+    close_all(EXE_FD + 1, RawFd::MAX)?;
+    // All of these were closed above by number, so they must not be closed again.
+    for fd in fds.into_iter().chain([exe, null]) {
+        let _ = fd.into_raw_fd();
+    }
+
+    // Warden writes its journal now; its death means that nothing runs.
+    let mut go = [0u8; 1];
+    match rustix::net::recv(sock, go.as_mut_slice(), RecvFlags::empty()) {
+        Ok((1, _)) => {}
+        // SAFETY: _exit takes a number and does not return.
+        _ => unsafe { libc::_exit(1) },
+    }
+
+    for (what, max) in [
+        (Resource::Core, 0),
+        (Resource::Nproc, plan.nproc),
+        (Resource::Fsize, plan.fsize_bytes),
+        (Resource::Memlock, plan.memlock_bytes),
+        (Resource::Nofile, NOFILE_MAX),
+    ] {
+        let limit = Rlimit {
+            current: Some(max),
+            maximum: Some(max),
+        };
+        rustix::process::setrlimit(what, limit).map_err(at("set a limit"))?;
+    }
+    let argv: Vec<CString> = plan
+        .argv
+        .iter()
+        .map(|a| CString::new(a.as_str()).map_err(|_| "a NUL in an argument".to_owned()))
+        .collect::<Step<_>>()?;
+    let mut argv: Vec<*const libc::c_char> = argv.iter().map(|a| a.as_ptr()).collect();
+    argv.push(std::ptr::null());
+    let env: [*const libc::c_char; 1] = [std::ptr::null()];
+    if plan.confine {
+        landlock(&plan.root)?;
+        seccomp::apply()?;
+    }
+    // SAFETY: `argv` and `env` are NUL-terminated arrays of pointers into strings that live here.
+    unsafe {
+        libc::syscall(
+            libc::SYS_execveat,
+            EXE_FD,
+            c"".as_ptr(),
+            argv.as_ptr(),
+            env.as_ptr(),
+            libc::AT_EMPTY_PATH,
+        )
+    };
+    Err(format!(
+        "exec {}: {}",
+        plan.argv.first().map_or("?", String::as_str),
+        io::Error::last_os_error()
+    ))
+}
+
+/// Ids, capabilities and the promise to gain none again.
+fn drop_privileges(id: u32) -> Step {
+    let (uid, gid) = (
+        rustix::process::Uid::from_raw(id),
+        rustix::process::Gid::from_raw(id),
+    );
+    for cap in CapabilitySet::all().iter() {
+        match rustix::thread::remove_capability_from_bounding_set(cap) {
+            // A capability younger than this kernel.
+            Ok(()) | Err(rustix::io::Errno::INVAL) => {}
+            Err(e) => return Err(format!("empty the bounding set: {e}")),
+        }
+    }
+    rustix::thread::set_thread_res_gid(gid, gid, gid).map_err(at("set the gid"))?;
+    rustix::thread::set_thread_res_uid(uid, uid, uid).map_err(at("set the uid"))?;
+    rustix::thread::clear_ambient_capability_set().map_err(at("clear ambient capabilities"))?;
+    let none = CapabilitySet::empty();
+    let none = CapabilitySets {
+        effective: none,
+        permitted: none,
+        inheritable: none,
+    };
+    rustix::thread::set_capabilities(None, none).map_err(at("drop capabilities"))?;
+    rustix::thread::set_no_new_privs(true).map_err(at("set no_new_privs"))?;
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
+        .map_err(at("clear dumpable"))
+}
+
+/// Makes the plan's entries the whole file system of this process.
+fn build_root(plan: &Plan, fds: &[OwnedFd]) -> Step {
+    // Copies of the mounts are taken while this is still the namespace they are in.
+    let mut trees = Vec::new();
+    for entry in &plan.root {
+        trees.push(match entry {
+            Entry::Bind { fd, .. } | Entry::BindWrite { fd, .. } | Entry::Device { fd, .. } => {
+                let flags = OpenTreeFlags::OPEN_TREE_CLONE
+                    | OpenTreeFlags::OPEN_TREE_CLOEXEC
+                    | OpenTreeFlags::AT_EMPTY_PATH;
+                let fd = pick(fds, *fd)?;
+                Some(rustix::mount::open_tree(fd, "", flags).map_err(at("copy a mount"))?)
+            }
+            Entry::Link { .. } => None,
+        });
+    }
+    // SAFETY: this process has one thread; no descriptor table or memory is unshared.
+    unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }
+        .map_err(at("unshare mounts"))?;
+    let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+    rustix::mount::mount_change("/", private).map_err(at("make mounts private"))?;
+    let tight = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    let options = c"size=64k,nr_inodes=128,mode=0755";
+    rustix::mount::mount("none", &plan.scratch, "tmpfs", tight, options)
+        .map_err(at("mount the root"))?;
+    rustix::process::chdir(&plan.scratch).map_err(at("enter the root"))?;
+    for (entry, tree) in plan.root.iter().zip(&trees) {
+        place(entry, tree.as_ref()).map_err(|e| format!("place {entry:?}: {e}"))?;
+    }
+    rustix::mount::mount_remount(".", MountFlags::BIND | MountFlags::RDONLY | tight, c"")
+        .map_err(at("make the root read-only"))?;
+    rustix::process::pivot_root(".", ".").map_err(at("pivot_root"))?;
+    rustix::mount::unmount(".", UnmountFlags::DETACH).map_err(at("let the old root go"))?;
+    rustix::process::chdir("/").map_err(at("enter /"))
+}
+
+fn place(entry: &Entry, tree: Option<&OwnedFd>) -> io::Result<()> {
+    let at = match entry {
+        Entry::Bind { at, .. }
+        | Entry::BindWrite { at, .. }
+        | Entry::Device { at, .. }
+        | Entry::Link { at, .. } => at.trim_start_matches('/'),
+    };
+    let mut dir = String::new();
+    for part in at
+        .split('/')
+        .rev()
+        .skip(1)
+        .collect::<Vec<_>>()
+        .into_iter()
+        .rev()
+    {
+        dir = if dir.is_empty() {
+            part.into()
+        } else {
+            format!("{dir}/{part}")
+        };
+        match rustix::fs::mkdir(&dir, Mode::from_raw_mode(0o755)) {
+            Ok(()) => rustix::fs::chmod(&dir, Mode::from_raw_mode(0o755))?,
+            Err(rustix::io::Errno::EXIST) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    let Some(tree) = tree else {
+        let Entry::Link { to, .. } = entry else {
+            return Ok(());
+        };
+        return Ok(rustix::fs::symlink(to, at)?);
+    };
+    let stat = rustix::fs::statat(tree, "", AtFlags::EMPTY_PATH)?;
+    if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
+        rustix::fs::mkdir(at, Mode::from_raw_mode(0o755))?;
+    } else {
+        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
+        rustix::fs::open(at, flags, Mode::from_raw_mode(0o600))?;
+    }
+    rustix::mount::move_mount(tree, "", CWD, at, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+    let flags = MountFlags::BIND
+        | MountFlags::NOSUID
+        | match entry {
+            Entry::Device { .. } => MountFlags::NOEXEC | MountFlags::RDONLY,
+            Entry::BindWrite { .. } => MountFlags::NOEXEC | MountFlags::NODEV,
+            _ => MountFlags::NODEV | MountFlags::RDONLY,
+        };
+    Ok(rustix::mount::mount_remount(at, flags, c"")?)
+}
+
+/// Reading and running what is in the root, writing what is meant to be, nothing else; no TCP; no
+/// signal or abstract socket out. As much of it as the kernel can do (`Status::weakened`).
+fn landlock(root: &[Entry]) -> Step {
+    let abi = ABI::V6;
+    let read = AccessFs::ReadFile | AccessFs::ReadDir | AccessFs::Execute;
+    let write = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::IoctlDev;
+    let run = || -> Result<(), landlock::RulesetError> {
+        let mut rules = Ruleset::default()
+            .handle_access(AccessFs::from_all(abi))?
+            .handle_access(AccessNet::from_all(abi))?
+            .scope(Scope::from_all(abi))?
+            .create()?;
+        for entry in root {
+            let (at, access) = match entry {
+                Entry::Bind { at, .. } => (at, read),
+                Entry::BindWrite { at, .. } | Entry::Device { at, .. } => (at, write),
+                Entry::Link { .. } => continue,
+            };
+            // A path that can't be opened gets no rule, so it stays closed.
+            if let Ok(fd) = PathFd::new(at) {
+                rules = rules.add_rule(PathBeneath::new(fd, access))?;
+            }
+        }
+        rules.restrict_self().map(drop)
+    };
+    run().map_err(|e| format!("landlock: {e}"))
+}
+
+/// Opens the file that a mount consists of, as the one uid that may, and sends it to warden.
+fn open_mount(sock: &OwnedFd, id: u32, mount: &OwnedFd) -> Step {
+    drop_privileges(id)?;
+    let path = format!("/proc/self/fd/{}", mount.as_raw_fd());
+    let file = rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+        .map_err(at("open the disk's file"))?;
+    send(sock, &Said::Ready { pid: 0 }, &[file.as_fd()]).map_err(at("send the disk's file"))
+}
+
+fn map_ids(proc: &OwnedFd, pid: u32, id: u32) -> Step {
+    for (file, text) in [
+        ("setgroups", "deny".to_owned()),
+        ("uid_map", format!("{id} {id} 1")),
+        ("gid_map", format!("{id} {id} 1")),
+    ] {
+        let path = format!("{pid}/{file}");
+        let fd = rustix::fs::openat(proc, &path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
+            .map_err(at("open the id map"))?;
+        rustix::io::write(&fd, text.as_bytes()).map_err(at("write the id map"))?;
+    }
+    Ok(())
+}
+
+/// Clones a child whose parent is warden, not this launcher.
+fn clone_sibling(flags: libc::c_int) -> io::Result<Option<(u32, OwnedFd)>> {
+    let mut pidfd: RawFd = -1;
+    // SAFETY: all-zero is a valid `clone_args`: no stack, no TLS, no signal.
+    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+    args.flags = (flags | libc::CLONE_PARENT | libc::CLONE_PIDFD) as u64;
+    args.pidfd = std::ptr::from_mut(&mut pidfd) as u64;
+    // SAFETY: without CLONE_VM this is a fork; the process has one thread, so the child may go on
+    // in Rust. `args` has the size that is given, and `pidfd` outlives the call.
+    let pid = unsafe {
+        libc::syscall(
+            libc::SYS_clone3,
+            &raw mut args,
+            size_of::<libc::clone_args>(),
+        )
+    };
+    match pid {
+        -1 => Err(io::Error::last_os_error()),
+        0 => Ok(None),
+        // SAFETY: the kernel has just made this descriptor for us.
+        pid => Ok(Some((pid as u32, unsafe { OwnedFd::from_raw_fd(pidfd) }))),
+    }
+}
+
+/// Sends one message with descriptors.
+///
+/// # Errors
+/// The socket's.
+pub fn send(sock: &OwnedFd, message: &impl Serialize, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+    send_bytes(sock.as_fd(), &serde_json::to_vec(message)?, fds)
+}
+
+/// Sends these bytes with descriptors, whole.
+///
+/// # Errors
+/// The socket's.
+pub fn send_bytes(sock: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(PLAN_FDS_MAX))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
+        return Err(io::Error::other("too many descriptors"));
+    }
+    let sent = rustix::net::sendmsg(
+        sock,
+        &[IoSlice::new(bytes)],
+        &mut control,
+        SendFlags::NOSIGNAL,
+    )?;
+    if sent == bytes.len() {
+        Ok(())
+    } else {
+        Err(io::ErrorKind::WriteZero.into())
+    }
+}
+
+/// Receives one message with descriptors; empty at the end of the stream.
+///
+/// # Errors
+/// The socket's; a message that does not fit.
+pub fn recv(sock: BorrowedFd<'_>, max_bytes: usize) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
+    let mut bytes = vec![0u8; max_bytes];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(PLAN_FDS_MAX))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let got = rustix::net::recvmsg(
+        sock,
+        &mut [IoSliceMut::new(&mut bytes)],
+        &mut control,
+        RecvFlags::CMSG_CLOEXEC,
+    )?;
+    let mut fds = Vec::new();
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = message {
+            fds.extend(rights);
+        }
+    }
+    use rustix::net::ReturnFlags;
+    if got
+        .flags
+        .intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC)
+    {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "message above its bound",
+        ));
+    }
+    bytes.truncate(got.bytes);
+    Ok((bytes, fds))
+}
+
+fn high(fd: impl AsFd) -> io::Result<OwnedFd> {
+    Ok(rustix::io::fcntl_dupfd_cloexec(fd, 128)?)
+}
+
+fn pick(fds: &[OwnedFd], i: usize) -> Step<&OwnedFd> {
+    fds.get(i)
+        .ok_or_else(|| format!("the plan names descriptor {i}, which did not come"))
+}
+
+fn borrow(fd: RawFd) -> BorrowedFd<'static> {
+    // SAFETY: only used for numbers that `dup_to` has just made; none is closed before exec.
+    unsafe { BorrowedFd::borrow_raw(fd) }
+}
+
+/// Puts a copy of `fd` at the number `to`, kept on exec.
+fn dup_to(fd: BorrowedFd<'_>, to: RawFd) -> Step {
+    // SAFETY: plain descriptor numbers; nothing here owns `to`: all owned ones are 128 or above,
+    // or were opened after the lower numbers were taken and are not used again after this.
+    if unsafe { libc::dup2(fd.as_raw_fd(), to) } == to {
+        return Ok(());
+    }
+    Err(format!(
+        "place descriptor {to}: {}",
+        io::Error::last_os_error()
+    ))
+}
+
+fn close_all(from: RawFd, to: RawFd) -> Step {
+    if from > to {
+        return Ok(());
+    }
+    // SAFETY: closes descriptors by number; the caller forgets the ones it owned.
+    if unsafe { libc::syscall(libc::SYS_close_range, from, to, 0) } == 0 {
+        return Ok(());
+    }
+    Err(format!("close descriptors: {}", io::Error::last_os_error()))
+}
+
+fn write_file(path: &std::path::Path, text: &str) -> io::Result<()> {
+    std::fs::OpenOptions::new()
+        .write(true)
+        .open(path)?
+        .write_all(text.as_bytes())
+}
+
+fn at<E: std::fmt::Display>(step: &'static str) -> impl Fn(E) -> String {
+    move |e| format!("{step}: {e}")
+}

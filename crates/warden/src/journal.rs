@@ -1,0 +1,195 @@
+//! The journal: one small file per slot, replaced before each step, that names all that the slot
+//! has or is about to get.
+//!
+//! Life of an entry: written `begin` before anything exists; then before each step with that
+//! step's name; removed when nothing is left. It is not synced: after a power cut no process, tap
+//! or group exists, and an entry that is torn, stale or missing only means "sweep by name".
+
+use crate::fault::{At, Result};
+use crate::layout::{read_small, remove, write_small};
+use crate::process::Proc;
+use api::warden::{ImageId, Open, Slot, SlotState, Start, VmOpened};
+use model::{StartId, WorkspaceId};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+/// What warden is about to do on a slot, or, for the two resting states, what it has done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Step {
+    /// Nothing exists yet.
+    Begin,
+    /// Control groups, then tap and firewall entries.
+    Net,
+    /// Both processes of the VM wait in their jails.
+    Jailed,
+    /// Rests: VMM and vmctl run; no disk.
+    Open,
+    /// The disk's file, mount and process.
+    DiskBegin,
+    /// The disk process waits in its jail.
+    DiskJailed,
+    /// The disk process runs and waits for its key.
+    DiskWaits,
+    /// The grant goes to it.
+    DiskGrant,
+    /// The volume is open; its file goes to vmctl.
+    DiskReady,
+    /// Rests: the disk is with the VMM.
+    DiskAttached,
+    /// A template is measured and moved into place.
+    Seal,
+    /// All of it goes.
+    Close,
+}
+
+impl Step {
+    /// Every step, in order.
+    pub const ALL: [Self; 12] = [
+        Self::Begin,
+        Self::Net,
+        Self::Jailed,
+        Self::Open,
+        Self::DiskBegin,
+        Self::DiskJailed,
+        Self::DiskWaits,
+        Self::DiskGrant,
+        Self::DiskReady,
+        Self::DiskAttached,
+        Self::Seal,
+        Self::Close,
+    ];
+
+    /// Whether a warden that starts takes the slot over as it is.
+    #[must_use]
+    pub fn rests(self) -> bool {
+        matches!(self, Self::Open | Self::DiskAttached)
+    }
+}
+
+/// A slot's entry.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Record {
+    /// Version of this format.
+    pub v: u32,
+    /// The slot.
+    pub slot: u16,
+    /// The step.
+    pub step: Step,
+    /// How the VM came up.
+    pub how: Start,
+    /// The image.
+    pub image: ImageId,
+    /// Memory, MiB.
+    pub memory_mb: u32,
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// The VMM.
+    pub vmm: Option<Proc>,
+    /// vmctl.
+    pub vmctl: Option<Proc>,
+    /// The disk process.
+    pub disk: Option<Proc>,
+    /// The workspace whose disk it is.
+    pub workspace: Option<WorkspaceId>,
+    /// The start.
+    pub start_id: Option<StartId>,
+    /// The disk's file is being made.
+    pub fresh: bool,
+    /// What the firewall lets in.
+    pub open: Vec<Open>,
+    /// A process of it died.
+    pub dead: bool,
+}
+
+impl Record {
+    /// What Status shows of it, once it has both processes.
+    #[must_use]
+    pub fn view(&self, net: VmOpened) -> Option<Slot> {
+        Some(Slot {
+            slot: self.slot,
+            workspace: self.workspace.clone(),
+            start_id: self.start_id.clone(),
+            state: match self.step {
+                _ if self.dead || self.step >= Step::Seal => SlotState::Dead,
+                Step::DiskAttached => SlotState::DiskAttached,
+                s if s >= Step::DiskBegin => SlotState::DiskWaits,
+                _ => SlotState::Open,
+            },
+            how: self.how,
+            image: self.image.clone(),
+            memory_mb: self.memory_mb,
+            cpus: self.cpus,
+            vmm_pid: self.vmm?.pid,
+            disk_pid: self.disk.map(|d| d.pid),
+            vmctl_pid: self.vmctl?.pid,
+            net,
+        })
+    }
+}
+
+/// The directory of entries.
+#[derive(Debug, Clone)]
+pub struct Journal {
+    dir: PathBuf,
+}
+
+impl Journal {
+    /// The journal in `dir`.
+    #[must_use]
+    pub fn new(dir: PathBuf) -> Self {
+        Self { dir }
+    }
+
+    /// Replaces the slot's entry.
+    ///
+    /// # Errors
+    /// The file's.
+    pub fn write(&self, record: &Record) -> Result {
+        let text = serde_json::to_string(record).at("write the journal of slot", record.slot)?;
+        write_small(&self.path(record.slot), &text, 0o600, false)
+    }
+
+    /// Removes the slot's entry.
+    ///
+    /// # Errors
+    /// The file's.
+    pub fn remove(&self, slot: u16) -> Result {
+        remove(&self.path(slot).with_extension("tmp"))?;
+        remove(&self.path(slot))
+    }
+
+    /// All entries; `None` for one that can't be read.
+    ///
+    /// # Errors
+    /// The directory's.
+    pub fn read(&self) -> Result<Vec<(u16, Option<Record>)>> {
+        let mut all = Vec::new();
+        for entry in std::fs::read_dir(&self.dir).at("read", self.dir.display())? {
+            let path = entry.at("read", self.dir.display())?.path();
+            let slot = path
+                .file_stem()
+                .and_then(|s| s.to_str())
+                .and_then(|s| s.parse().ok());
+            match slot {
+                Some(slot) if path.extension().is_some_and(|e| e == "json") => {
+                    all.push((slot, parse(slot, &path)));
+                }
+                _ => remove(&path)?,
+            }
+        }
+        Ok(all)
+    }
+
+    fn path(&self, slot: u16) -> PathBuf {
+        self.dir.join(format!("{slot}.json"))
+    }
+}
+
+fn parse(slot: u16, path: &Path) -> Option<Record> {
+    let text = read_small(path).ok()??;
+    serde_json::from_str(&text)
+        .ok()
+        .filter(|r: &Record| r.v == 1 && r.slot == slot)
+}

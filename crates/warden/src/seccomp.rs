@@ -1,0 +1,272 @@
+//! The system calls that a VMM may make, each with its reason. Any other kills the process
+//! before it executes (ISO-2).
+//!
+//! Two filters: the first answers `clone3` with ENOSYS, since its flags are in memory where no
+//! filter can see them, and the C library then falls back to `clone`; the second is the list.
+
+use crate::limits::EXE_FD;
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
+};
+use std::collections::BTreeMap;
+
+/// Calls that are allowed whatever their arguments.
+pub const ALLOWED: &[(libc::c_long, &str)] = &[
+    // Memory.
+    (libc::SYS_brk, "malloc"),
+    (libc::SYS_mmap, "guest RAM, translated code, thread stacks"),
+    (libc::SYS_munmap, "the same, given back"),
+    (
+        libc::SYS_mprotect,
+        "guard pages, the loader, translated code",
+    ),
+    (libc::SYS_mremap, "realloc"),
+    (libc::SYS_madvise, "huge pages, DONTDUMP, freed memory"),
+    (libc::SYS_msync, "saving RAM to the template's file"),
+    (libc::SYS_membarrier, "RCU and the translator's threads"),
+    // Files that are in the root or were passed in.
+    (libc::SYS_read, "event descriptors, sockets, files"),
+    (libc::SYS_write, "event descriptors, sockets, files"),
+    (libc::SYS_readv, "tap, sockets"),
+    (libc::SYS_writev, "tap, sockets"),
+    (libc::SYS_pread64, "block reads, firmware"),
+    (libc::SYS_pwrite64, "block writes"),
+    (libc::SYS_preadv, "block reads"),
+    (libc::SYS_pwritev, "block writes"),
+    (libc::SYS_fdatasync, "guest flush"),
+    (libc::SYS_fsync, "saved files"),
+    (libc::SYS_fallocate, "discard and write-zeroes"),
+    (libc::SYS_ftruncate, "the saved state"),
+    (libc::SYS_open, "the loader in some builds"),
+    (
+        libc::SYS_openat,
+        "libraries, firmware, images (Landlock says which)",
+    ),
+    (libc::SYS_close, "what was opened"),
+    (libc::SYS_lseek, "file sizes, holes"),
+    (libc::SYS_stat, "the C library"),
+    (libc::SYS_fstat, "file kinds"),
+    (libc::SYS_lstat, "path checks"),
+    (libc::SYS_newfstatat, "file kinds"),
+    (libc::SYS_statx, "file kinds"),
+    (libc::SYS_statfs, "page size of a memory file"),
+    (
+        libc::SYS_fstatfs,
+        "page size of a memory file, block limits",
+    ),
+    (libc::SYS_access, "the loader, firmware search"),
+    (libc::SYS_readlink, "its own path"),
+    (libc::SYS_readlinkat, "its own path"),
+    (libc::SYS_getdents64, "module directory"),
+    (libc::SYS_getcwd, "path of an image"),
+    (libc::SYS_fcntl, "O_NONBLOCK, OFD locks, duplicates"),
+    (libc::SYS_flock, "image locks"),
+    (libc::SYS_dup, "descriptor sets"),
+    (libc::SYS_dup2, "descriptor sets"),
+    (libc::SYS_dup3, "descriptor sets"),
+    (libc::SYS_pipe2, "event notifiers"),
+    (libc::SYS_umask, "start-up"),
+    // Waiting.
+    (libc::SYS_poll, "main loop"),
+    (libc::SYS_ppoll, "main loop"),
+    (libc::SYS_select, "start-up"),
+    (libc::SYS_epoll_create1, "aio contexts"),
+    (libc::SYS_epoll_ctl, "aio contexts"),
+    (libc::SYS_epoll_wait, "aio contexts"),
+    (libc::SYS_epoll_pwait, "aio contexts"),
+    (libc::SYS_eventfd2, "event notifiers"),
+    (libc::SYS_signalfd4, "SIGALRM and SIGIO in the main loop"),
+    (libc::SYS_timerfd_create, "timers"),
+    (libc::SYS_timerfd_settime, "timers"),
+    (libc::SYS_timer_create, "timers"),
+    (libc::SYS_timer_settime, "timers"),
+    (libc::SYS_timer_delete, "timers"),
+    (
+        libc::SYS_clock_gettime,
+        "guest clock, where the vDSO does not serve",
+    ),
+    (libc::SYS_clock_getres, "guest clock"),
+    (libc::SYS_clock_nanosleep, "throttled CPUs"),
+    (libc::SYS_nanosleep, "throttled CPUs"),
+    (libc::SYS_gettimeofday, "where the vDSO does not serve"),
+    (libc::SYS_time, "where the vDSO does not serve"),
+    (libc::SYS_futex, "locks"),
+    (libc::SYS_sched_yield, "spin loops"),
+    (libc::SYS_restart_syscall, "an interrupted wait"),
+    // Threads and signals of its own.
+    (libc::SYS_set_robust_list, "threads"),
+    (libc::SYS_set_tid_address, "threads"),
+    (libc::SYS_rseq, "threads"),
+    (libc::SYS_arch_prctl, "thread-local storage"),
+    (libc::SYS_sched_getaffinity, "thread stacks, CPU count"),
+    (libc::SYS_sched_setaffinity, "thread contexts"),
+    (libc::SYS_getpid, "logs, locks"),
+    (libc::SYS_gettid, "threads"),
+    (libc::SYS_getuid, "start-up"),
+    (libc::SYS_geteuid, "start-up"),
+    (libc::SYS_getgid, "start-up"),
+    (libc::SYS_getegid, "start-up"),
+    (
+        libc::SYS_tgkill,
+        "kicks a virtual CPU's thread (Landlock keeps it inside)",
+    ),
+    (libc::SYS_rt_sigaction, "handlers"),
+    (libc::SYS_rt_sigprocmask, "handlers"),
+    (libc::SYS_rt_sigpending, "virtual CPU threads"),
+    (libc::SYS_rt_sigtimedwait, "virtual CPU threads"),
+    (libc::SYS_rt_sigreturn, "handlers"),
+    (libc::SYS_sigaltstack, "coroutine set-up"),
+    (libc::SYS_exit, "a thread ends"),
+    (libc::SYS_exit_group, "the process ends"),
+    (libc::SYS_wait4, "start-up of the C library's helpers"),
+    // The rest.
+    (libc::SYS_prlimit64, "stack size; limits only go down"),
+    (libc::SYS_getrlimit, "stack size"),
+    (libc::SYS_getrandom, "hash seeds, virtio-rng"),
+    (libc::SYS_uname, "start-up"),
+    (libc::SYS_sysinfo, "buffer sizes"),
+    (libc::SYS_recvmsg, "QMP with descriptors, agent channel"),
+    (libc::SYS_sendmsg, "QMP, agent channel"),
+    (libc::SYS_recvfrom, "channels"),
+    (libc::SYS_sendto, "channels"),
+    (libc::SYS_getsockname, "an inherited channel's kind"),
+    (libc::SYS_getpeername, "an inherited channel's kind"),
+    (libc::SYS_getsockopt, "an inherited channel's kind"),
+    (libc::SYS_setsockopt, "buffer sizes of a channel"),
+    (libc::SYS_shutdown, "end of a channel"),
+    (libc::SYS_clone3, "answered with ENOSYS by the first filter"),
+];
+
+/// `ioctl` requests: of the tap, of plain descriptors and of /dev/kvm (type byte 0xAE).
+pub const IOCTLS: &[(u64, &str)] = &[
+    (0x5401, "TCGETS: is stdout a terminal"),
+    (0x5421, "FIONBIO"),
+    (0x541b, "FIONREAD"),
+    (0x8004_54d2, "TUNGETIFF"),
+    (0x8004_54cf, "TUNGETFEATURES"),
+    (0x4004_54d0, "TUNSETOFFLOAD"),
+    (0x4004_54d4, "TUNSETSNDBUF"),
+    (0x8004_54d3, "TUNGETSNDBUF"),
+    (0x8004_54d7, "TUNGETVNETHDRSZ"),
+    (0x4004_54d8, "TUNSETVNETHDRSZ"),
+    (0x4004_54dc, "TUNSETVNETLE"),
+    (0x4004_54de, "TUNSETVNETBE"),
+    (0x4004_54d9, "TUNSETQUEUE"),
+    (0x8008_1272, "BLKGETSIZE64: is it a block device"),
+    (0x1268, "BLKSSZGET: is it a block device"),
+    (0x127b, "BLKPBSZGET: is it a block device"),
+    (0x5331, "CDROM_GET_CAPABILITY: host device probing"),
+];
+
+/// Installs both filters on the calling thread; `no_new_privs` must be set.
+///
+/// # Errors
+/// The step and the cause.
+pub fn apply() -> Result<(), String> {
+    for program in programs().map_err(|e| format!("compile seccomp: {e}"))? {
+        seccompiler::apply_filter(&program).map_err(|e| format!("install seccomp: {e}"))?;
+    }
+    Ok(())
+}
+
+fn programs() -> Result<[BpfProgram; 2], seccompiler::BackendError> {
+    let arch = if cfg!(target_arch = "aarch64") {
+        TargetArch::aarch64
+    } else {
+        TargetArch::x86_64
+    };
+    let enosys = SeccompAction::Errno(libc::ENOSYS as u32);
+    let no_clone3 = SeccompFilter::new(
+        BTreeMap::from([(libc::SYS_clone3, vec![])]),
+        SeccompAction::Allow,
+        enosys,
+        arch,
+    )?;
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
+        ALLOWED.iter().map(|(nr, _)| (*nr, vec![])).collect();
+    use SeccompCmpArgLen::Dword;
+    let is = |arg, value| SeccompCondition::new(arg, Dword, SeccompCmpOp::Eq, value);
+    // Threads, not processes.
+    let thread = libc::CLONE_THREAD as u64;
+    let masked = SeccompCmpOp::MaskedEq(thread);
+    let thread = SeccompCondition::new(0, Dword, masked, thread)?;
+    rules.insert(libc::SYS_clone, vec![SeccompRule::new(vec![thread])?]);
+    // The one exec that starts the VMM: by a descriptor number that can't exist afterwards.
+    rules.insert(
+        libc::SYS_execveat,
+        vec![SeccompRule::new(vec![is(0, EXE_FD as u64)?])?],
+    );
+    let mut ioctls = IOCTLS
+        .iter()
+        .map(|(request, _)| SeccompRule::new(vec![is(1, *request)?]))
+        .collect::<Result<Vec<_>, seccompiler::BackendError>>()?;
+    let kvm = SeccompCondition::new(1, Dword, SeccompCmpOp::MaskedEq(0xff00), 0xae00)?;
+    ioctls.push(SeccompRule::new(vec![kvm])?);
+    rules.insert(libc::SYS_ioctl, ioctls);
+    // Names a thread, says what it may be dumped as; no more privileges, no other's memory.
+    let names = [
+        libc::PR_SET_NAME,
+        libc::PR_GET_NAME,
+        libc::PR_SET_TIMERSLACK,
+        libc::PR_SET_PDEATHSIG,
+    ];
+    rules.insert(
+        libc::SYS_prctl,
+        names
+            .iter()
+            .map(|n| SeccompRule::new(vec![is(0, *n as u64)?]))
+            .collect::<Result<Vec<_>, seccompiler::BackendError>>()?,
+    );
+    // Only stream sockets of the same host, already useless in an empty network namespace.
+    rules.insert(
+        libc::SYS_socket,
+        vec![SeccompRule::new(vec![is(0, libc::AF_UNIX as u64)?])?],
+    );
+    let list = SeccompFilter::new(
+        rules,
+        SeccompAction::KillProcess,
+        SeccompAction::Allow,
+        arch,
+    )?;
+    Ok([no_clone3.try_into()?, list.try_into()?])
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn the_list_compiles_and_names_each_call_once() {
+        programs().unwrap();
+        let numbers: std::collections::BTreeSet<_> = ALLOWED.iter().map(|(n, _)| n).collect();
+        assert_eq!(numbers.len(), ALLOWED.len());
+        assert!(ALLOWED.iter().all(|(_, why)| !why.is_empty()));
+    }
+
+    #[test]
+    fn the_list_holds_no_way_out() {
+        for never in [
+            libc::SYS_execve,
+            libc::SYS_ptrace,
+            libc::SYS_mount,
+            libc::SYS_connect,
+            libc::SYS_bind,
+            libc::SYS_unshare,
+            libc::SYS_setns,
+            libc::SYS_bpf,
+            libc::SYS_keyctl,
+            libc::SYS_kill,
+            libc::SYS_io_uring_setup,
+            libc::SYS_userfaultfd,
+            libc::SYS_process_vm_readv,
+            libc::SYS_pidfd_getfd,
+            libc::SYS_open_by_handle_at,
+            libc::SYS_fork,
+            libc::SYS_vfork,
+        ] {
+            assert!(ALLOWED.iter().all(|(n, _)| *n != never), "{never}");
+        }
+    }
+}

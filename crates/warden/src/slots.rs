@@ -1,0 +1,907 @@
+//! Slots: what each operation does, step by step.
+//!
+//! ```text
+//!             VmOpen                DiskOpen              DiskGrant
+//!   (none) ───────────▶ open ───────────────▶ waits ───────────────▶ attached
+//!     ▲                  │ a build: TemplateSeal                        │
+//!     └────── SlotClose ─┴── from anywhere; a death marks it dead ──────┘
+//! ```
+//!
+//! - Each step is in the journal before it is done; a failed operation unwinds by name.
+//! - A slot is locked for one operation at a time; Status reads a copy and waits for nobody.
+//! - Ending a slot: the VMM first, so that it closes its file; if it hangs on a dead disk, the
+//!   disk goes before it. Then the disk, then vmctl, tap, rules, groups, files, journal.
+//!
+//! What it costs: a start that fails half-way loses its VM; host takes another one.
+
+use crate::attest::Machine;
+use crate::cgroup::Cgroups;
+use crate::diskproc::{self, Disk, Disks};
+use crate::fault::{At, Result, conflict, invalid, log, missing};
+use crate::journal::{Journal, Record, Step};
+use crate::layout::{Digests, Layout, check_digest_id, open_beneath, remove};
+use crate::limits::{
+    DISK_UID, KILL_WAIT, MKFS_WAIT, OPEN_MAX, SEALED_MAX_BYTES, STDERR_MAX_BYTES, VMM_UID,
+};
+use crate::net::{self, Network};
+use crate::nft::Nft;
+use crate::plans::{self, VmmParts};
+use crate::process::{self, Handle, Proc};
+use crate::templates::{Parts, Templates};
+use crate::vm::{self, Vmm};
+use crate::watch::Watch;
+use api::Error;
+use api::warden::{Counters, DiskOpened, Op, Open, Slot as View, Source, Start, Status, VmOpened};
+use model::limits as bounds;
+use model::{Purpose, StartId, WorkspaceId};
+use rustix::fd::{AsFd, OwnedFd};
+use rustix::fs::OFlags;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// What warden is started with.
+pub struct Config {
+    /// Where everything is.
+    pub layout: Layout,
+    /// The guests' network.
+    pub network: Network,
+    /// The uid whose connections may reach guests.
+    pub edge_uid: u32,
+    /// This program, for `jail`.
+    pub launcher: PathBuf,
+    /// Where casemate-disk and casemate-vmctl are.
+    pub programs: PathBuf,
+    /// The driver of the VMM.
+    pub vmm: Vmm,
+    /// Arguments every vmctl gets: numbers.
+    pub host_uid: u32,
+    /// For tests of crashes: panic when this step's entry has been written.
+    pub fail_at: Option<Step>,
+}
+
+/// Warden.
+pub struct Warden {
+    config: Config,
+    machine: Machine,
+    journal: Journal,
+    disks: Disks,
+    templates: Templates,
+    digests: Digests,
+    cgroups: Cgroups,
+    nft: Mutex<Nft>,
+    slots: Mutex<HashMap<u16, Arc<Mutex<Option<Slot>>>>>,
+    views: Mutex<BTreeMap<u16, View>>,
+    /// Workspaces whose disk is on a slot, or on its way.
+    in_use: Mutex<HashSet<WorkspaceId>>,
+    watch: Arc<Watch>,
+}
+
+struct Slot {
+    record: Record,
+    vmm: Handle,
+    vmctl: Handle,
+    disk: Option<Disk>,
+    /// What the VMM says last; empty for an adopted one.
+    stderr: Option<OwnedFd>,
+}
+
+impl Warden {
+    /// Takes over what a warden before this one left, and removes what can't be taken over.
+    ///
+    /// # Errors
+    /// What is missing on this machine.
+    pub fn open(config: Config) -> Result<Arc<Self>> {
+        let layout = config.layout.clone();
+        layout.create()?;
+        let machine = Machine::load(&layout)?;
+        let state = layout.state();
+        let nft = Mutex::new(Nft::open(config.network, config.edge_uid)?);
+        let warden = Arc::new(Self {
+            journal: Journal::new(state.join("slots")),
+            disks: Disks::new(state.join("disks")),
+            templates: Templates::new(&state, machine.key.clone()),
+            digests: Digests::default(),
+            cgroups: Cgroups::open(&layout.instance())?,
+            nft,
+            slots: Mutex::default(),
+            views: Mutex::default(),
+            in_use: Mutex::default(),
+            watch: Arc::new(Watch::new()?),
+            machine,
+            config,
+        });
+        warden.sweep()?;
+        crate::watch::run(&warden)?;
+        Ok(warden)
+    }
+
+    /// Answers one request.
+    ///
+    /// # Errors
+    /// As each operation says.
+    pub fn answer(self: &Arc<Self>, op: Op) -> Result<serde_json::Value> {
+        let json = |v: std::result::Result<_, _>| v.map_err(Error::internal);
+        match op {
+            Op::Status => json(serde_json::to_value(self.status())),
+            Op::VmOpen {
+                slot,
+                how,
+                image,
+                memory_mb,
+                cpus,
+            } => json(serde_json::to_value(
+                self.vm_open(slot, how, image, memory_mb, cpus)?,
+            )),
+            Op::TemplateSeal { slot } => self.template_seal(slot).map(Into::into),
+            Op::DiskOpen {
+                slot,
+                workspace,
+                start_id,
+                purpose,
+                nonce,
+                disk_mb,
+                bytes_per_s,
+                ops_per_s,
+            } => {
+                let ask = DiskAsk {
+                    workspace,
+                    start_id,
+                    purpose,
+                    nonce,
+                    disk_mb,
+                    bytes_per_s,
+                    ops_per_s,
+                };
+                json(serde_json::to_value(self.disk_open(slot, ask)?))
+            }
+            Op::DiskGrant { slot, sealed, aad } => {
+                self.disk_grant(slot, sealed, aad).map(Into::into)
+            }
+            Op::NetSet { slot, open } => self.net_set(slot, open).map(Into::into),
+            Op::SlotClose { slot } => self.slot_close(slot).map(Into::into),
+            Op::DiskErase { workspace } => self.disk_erase(&workspace).map(Into::into),
+            Op::Counters { slot } => json(serde_json::to_value(self.counters(slot)?)),
+        }
+    }
+
+    /// Closes every slot.
+    pub fn close_all(&self) {
+        let slots: Vec<u16> = lock(&self.slots).keys().copied().collect();
+        for slot in slots {
+            if let Err(e) = self.slot_close(slot) {
+                log(
+                    "close.failed",
+                    serde_json::json!({"slot": slot, "error": e}),
+                );
+            }
+        }
+        self.cgroups.forget();
+    }
+
+    fn status(&self) -> Status {
+        let current = self.parts("", 0, 0);
+        let ours = |p: &Parts| {
+            current.as_ref().is_ok_and(|c| {
+                (&c.vmm, &c.kernel, &c.initramfs) == (&p.vmm, &p.kernel, &p.initramfs)
+            })
+        };
+        let templates = self.templates.list();
+        Status {
+            host: self.machine.host.clone(),
+            cgroup: self.cgroups.version().into(),
+            accel: self.config.vmm.accel_why.clone(),
+            slots: lock(&self.views).values().cloned().collect(),
+            templates: templates
+                .into_iter()
+                .filter(ours)
+                .map(|p| (p.image, p.memory_mb, p.cpus))
+                .collect(),
+            weakened: crate::attest::weakened(self.cgroups.version()),
+        }
+    }
+
+    fn vm_open(
+        &self,
+        slot: u16,
+        how: Start,
+        image: String,
+        memory_mb: u32,
+        cpus: u32,
+    ) -> Result<VmOpened> {
+        check_slot(slot)?;
+        check_digest_id("image", &image)?;
+        check_range("memory_mb", memory_mb, &bounds::MEMORY_MB)?;
+        check_range("cpus", cpus, &bounds::CPUS)?;
+        let cell = self.cell(slot);
+        let mut held = lock(&cell);
+        if held.is_some() {
+            return Err(conflict(format!("slot {slot} is in use")));
+        }
+        let record = Record {
+            v: 1,
+            slot,
+            step: Step::Begin,
+            how,
+            image,
+            memory_mb,
+            cpus,
+            vmm: None,
+            vmctl: None,
+            disk: None,
+            workspace: None,
+            start_id: None,
+            fresh: false,
+            open: vec![],
+            dead: false,
+        };
+        match self.vm_open_steps(record.clone()) {
+            Ok(opened) => {
+                let opened = held.insert(opened);
+                self.watch.add(slot, &opened.vmm)?;
+                self.watch.add(slot, &opened.vmctl)?;
+                Ok(self.net_of(slot))
+            }
+            Err(e) => {
+                self.clear(&record)?;
+                Err(e)
+            }
+        }
+    }
+
+    fn vm_open_steps(&self, mut record: Record) -> Result<Slot> {
+        let slot = record.slot;
+        // All that can be missing is looked for before anything is made.
+        let image = self.image(&record.image)?;
+        let parts = self.parts(&record.image, record.memory_mb, record.cpus)?;
+        let artifact = |name: &str| {
+            open_beneath(&self.config.layout.artifacts(), name, OFlags::RDONLY, 0)
+                .at("open artifact", name)
+        };
+        let boot = match record.how {
+            Start::Template => None,
+            Start::Cold | Start::Build => Some((artifact("kernel")?, artifact("initramfs")?)),
+        };
+        let vmctl_exe = plans::executable(&self.config.programs, "casemate-vmctl")?;
+        self.step(&mut record, Step::Begin)?;
+        let files = match record.how {
+            Start::Cold => None,
+            Start::Template => Some(self.templates.open(&parts)?),
+            Start::Build => Some(self.templates.build(
+                slot,
+                VMM_UID + u32::from(slot),
+                record.memory_mb,
+            )?),
+        };
+        self.step(&mut record, Step::Net)?;
+        let group = vm_group(slot);
+        let translator_mb = self.config.vmm.translator_mb();
+        self.cgroups.create(
+            &group,
+            plans::vm_bounds(record.memory_mb, record.cpus, translator_mb),
+        )?;
+        let tap = net::tap_create(self.config.network, slot)?;
+        lock(&self.nft).slot_add(slot)?;
+
+        let ends = vm::Ends::new(&self.config.layout, slot, tap, files.as_ref())?;
+        let launch = vm::launch(&self.config.vmm, &record, self.config.host_uid);
+        let (stderr, stderr_w) = bounded_pipe()?;
+        let vmm = plans::vmm(
+            &self.config.layout,
+            vm::PROGRAM,
+            VmmParts {
+                slot,
+                memory_mb: record.memory_mb,
+                cpus: record.cpus,
+                argv: launch.vmm_argv,
+                image,
+                boot,
+                memory: files.map(|f| (f.memory, record.how == Start::Build)),
+                pass: ends.vmm,
+                stderr: stderr_w,
+                kvm: self.config.vmm.kvm,
+            },
+            self.cgroups.dirs(&group),
+        )?;
+        let vmctl = plans::vmctl(
+            &self.config.layout,
+            slot,
+            vmctl_exe,
+            launch.vmctl_argv,
+            ends.vmctl,
+            self.cgroups.dirs(&group),
+        )?;
+        let vmm = process::spawn(&self.config.launcher, "the VMM", &vmm.plan, &vmm.fds())?;
+        let vmctl = process::spawn(&self.config.launcher, "vmctl", &vmctl.plan, &vmctl.fds())?;
+        record.vmm = Some(vmm.handle.proc);
+        record.vmctl = Some(vmctl.handle.proc);
+        self.step(&mut record, Step::Jailed)?;
+        let vmm = vmm.go("the VMM")?;
+        let vmctl = vmctl.go("vmctl")?;
+        self.step(&mut record, Step::Open)?;
+        Ok(Slot {
+            record,
+            vmm,
+            vmctl,
+            disk: None,
+            stderr: Some(stderr),
+        })
+    }
+
+    fn template_seal(&self, slot: u16) -> Result<bool> {
+        let cell = self.cell(slot);
+        let mut held = lock(&cell);
+        let s = held
+            .as_mut()
+            .ok_or_else(|| missing(format!("slot {slot} is empty")))?;
+        if s.record.how != Start::Build {
+            return Err(conflict(format!("slot {slot} is no build")));
+        }
+        let parts = self.parts(&s.record.image, s.record.memory_mb, s.record.cpus)?;
+        self.step(&mut s.record, Step::Seal)?;
+        self.end(s);
+        let _ = s.vmctl.kill(KILL_WAIT);
+        // Nobody is left who could write the files while they are measured.
+        let sealed = if self.cgroups.remove(&vm_group(slot)) {
+            self.templates.seal(slot, parts)
+        } else {
+            Err(Error::internal(format!(
+                "a process of build slot {slot} can't be killed"
+            )))
+        };
+        let record = s.record.clone();
+        *held = None;
+        self.clear(&record)?;
+        sealed.map(|()| true)
+    }
+
+    fn disk_open(&self, slot: u16, ask: DiskAsk) -> Result<DiskOpened> {
+        check_range("disk_mb", ask.disk_mb, &bounds::DISK_MB)?;
+        check_digest_id("nonce", &ask.nonce)?;
+        let cell = self.cell(slot);
+        let mut held = lock(&cell);
+        let s = held
+            .as_mut()
+            .ok_or_else(|| missing(format!("slot {slot} is empty")))?;
+        if s.record.step != Step::Open || s.record.dead || s.record.how == Start::Build {
+            return Err(conflict(format!(
+                "slot {slot} holds no VM that waits for a disk"
+            )));
+        }
+        if !lock(&self.in_use).insert(ask.workspace.clone()) {
+            return Err(conflict("the workspace's disk is in use; stop it first"));
+        }
+        s.record.workspace = Some(ask.workspace.clone());
+        s.record.start_id = Some(ask.start_id.clone());
+        let opened = self.disk_open_steps(s, ask);
+        if opened.is_err() {
+            self.fail(s);
+        }
+        opened
+    }
+
+    fn disk_open_steps(&self, s: &mut Slot, ask: DiskAsk) -> Result<DiskOpened> {
+        let slot = s.record.slot;
+        let layout = &self.config.layout;
+        let uid = DISK_UID + u32::from(slot);
+        let exe = plans::executable(&self.config.programs, "casemate-disk")?;
+        let measurement = self.digests.of(&exe, "casemate-disk")?;
+        self.step(&mut s.record, Step::DiskBegin)?;
+        let backing = self.disks.open(&ask.workspace, uid)?;
+        s.record.fresh = backing.fresh;
+        let shipped = layout.artifacts().join("ext4");
+        let ext4 = diskproc::ext4_template(
+            &shipped,
+            &layout.state().join("ext4"),
+            ask.disk_mb,
+            |file| self.mkfs(file),
+        )?;
+        let group = disk_group(slot);
+        self.cgroups.create(&group, plans::disk_bounds())?;
+        let mount = diskproc::mount(VMM_UID + u32::from(slot))?;
+        let (control, theirs) = seqpacket()?;
+        let keep = backing
+            .file
+            .try_clone()
+            .at("keep the disk of", &ask.workspace)?;
+        let argv = vec![
+            "casemate-disk".into(),
+            "--size-mb".into(),
+            ask.disk_mb.to_string(),
+            "--bytes-per-s".into(),
+            ask.bytes_per_s.to_string(),
+            "--ops-per-s".into(),
+            ask.ops_per_s.to_string(),
+        ];
+        let pass = vec![theirs, backing.file, mount.server, ext4, mount.clone];
+        let jail = plans::disk(layout, slot, exe, argv, pass, self.cgroups.dirs(&group))?;
+        let waiting = process::spawn(&self.config.launcher, "the disk", &jail.plan, &jail.fds())?;
+        // From here on the process alone holds the connection: its death ends the mount.
+        drop(jail);
+        s.record.disk = Some(waiting.handle.proc);
+        self.step(&mut s.record, Step::DiskJailed)?;
+        let handle = waiting.go("the disk")?;
+        self.watch.add(slot, &handle)?;
+        let disk = s.disk.insert(Disk {
+            handle,
+            control: Some(control),
+            mount: Some(mount.mount),
+            file: Some(keep),
+        });
+        let hpke_pub = disk.hello()?;
+        self.step(&mut s.record, Step::DiskWaits)?;
+        let attestation = self.machine.attest(
+            &ask.workspace,
+            &ask.start_id,
+            ask.purpose,
+            ask.nonce,
+            hpke_pub,
+            measurement,
+        )?;
+        Ok(DiskOpened {
+            attestation,
+            fresh: s.record.fresh,
+        })
+    }
+
+    fn disk_grant(&self, slot: u16, sealed: String, aad: String) -> Result<bool> {
+        if sealed.len() > SEALED_MAX_BYTES {
+            return Err(invalid("sealed must be at most 16 KiB"));
+        }
+        check_digest_id("aad", &aad)?;
+        let cell = self.cell(slot);
+        let mut held = lock(&cell);
+        let s = held
+            .as_mut()
+            .ok_or_else(|| missing(format!("slot {slot} is empty")))?;
+        if s.record.step != Step::DiskWaits || s.record.dead {
+            return Err(conflict(format!(
+                "slot {slot} has no disk that waits for its key"
+            )));
+        }
+        let granted = self.disk_grant_steps(s, sealed, aad);
+        if granted.is_err() {
+            self.fail(s);
+        }
+        granted.map(|()| true)
+    }
+
+    fn disk_grant_steps(&self, s: &mut Slot, sealed: String, aad: String) -> Result {
+        let slot = s.record.slot;
+        self.step(&mut s.record, Step::DiskGrant)?;
+        let gone = || Error::internal("the disk process is gone");
+        let disk = s.disk.as_mut().ok_or_else(gone)?;
+        let size_bytes = disk.grant(sealed, aad, s.record.fresh)?;
+        if let (true, Some(workspace), Some(file)) =
+            (s.record.fresh, &s.record.workspace, &disk.file)
+        {
+            self.disks.keep(workspace, file)?;
+            s.record.fresh = false;
+        }
+        self.step(&mut s.record, Step::DiskReady)?;
+        let disk = s.disk.as_mut().ok_or_else(gone)?;
+        let mount = disk.mount.take().ok_or_else(gone)?;
+        let plan = plans::mount_opener(&self.config.layout, slot);
+        let file = process::open_mount(
+            &self.config.launcher,
+            "the disk's file",
+            &plan,
+            mount.as_fd(),
+        )?;
+        vm::hand_over(&self.config.layout, slot, file, size_bytes)?;
+        drop(mount);
+        self.step(&mut s.record, Step::DiskAttached)
+    }
+
+    fn net_set(&self, slot: u16, open: Vec<Open>) -> Result<bool> {
+        if open.len() > OPEN_MAX {
+            return Err(invalid(format!(
+                "open must have at most {OPEN_MAX} entries"
+            )));
+        }
+        for o in &open {
+            match o.source {
+                _ if o.port == 0 => return Err(invalid("open.port must not be 0")),
+                Source::Slot(from) if from == slot => {
+                    return Err(invalid("open.source must be another slot"));
+                }
+                Source::Slot(from) => check_slot(from)?,
+                Source::Edge => {}
+            }
+        }
+        let cell = self.cell(slot);
+        let mut held = lock(&cell);
+        let s = held
+            .as_mut()
+            .ok_or_else(|| missing(format!("slot {slot} is empty")))?;
+        // Of the entry and the firewall the entry comes first: a restart builds the one from the
+        // other, so that what was asked to close stays closed.
+        let old = std::mem::replace(&mut s.record.open, open);
+        self.journal.write(&s.record)?;
+        for o in &s.record.open {
+            if let Source::Slot(from) = o.source {
+                for tap in [from, slot] {
+                    net::tap_forward(tap, true)?;
+                }
+            }
+        }
+        lock(&self.nft).open_set(slot, &old, &s.record.open)?;
+        Ok(true)
+    }
+
+    fn slot_close(&self, slot: u16) -> Result<bool> {
+        check_slot(slot)?;
+        let cell = self.cell(slot);
+        let mut held = lock(&cell);
+        let Some(s) = held.as_mut() else {
+            return Ok(true);
+        };
+        // Closed to the network before anything else, and whatever else fails.
+        let cut = lock(&self.nft).slot_remove(slot, &s.record.open);
+        let journal = self.step(&mut s.record, Step::Close);
+        self.end(s);
+        let _ = s.vmctl.kill(KILL_WAIT);
+        let record = s.record.clone();
+        *held = None;
+        self.clear(&record)?;
+        cut.and(journal).map(|()| true)
+    }
+
+    fn disk_erase(&self, workspace: &WorkspaceId) -> Result<bool> {
+        let mut in_use = lock(&self.in_use);
+        if !in_use.insert(workspace.clone()) {
+            return Err(conflict("the workspace's disk is in use; stop it first"));
+        }
+        drop(in_use);
+        let erased = self.disks.erase(workspace);
+        lock(&self.in_use).remove(workspace);
+        erased.map(|()| true)
+    }
+
+    fn counters(&self, slot: u16) -> Result<Counters> {
+        let view = lock(&self.views).get(&slot).cloned();
+        let view = view.ok_or_else(|| missing(format!("slot {slot} is empty")))?;
+        let (in_dropped_packets, out_dropped_packets) = lock(&self.nft).dropped(slot)?;
+        let (out_packets, in_packets) = net::tap_packets(slot);
+        let (cpu_ns, memory_bytes) = self.cgroups.usage(&vm_group(slot));
+        let disk_bytes = view.workspace.as_ref().map_or(0, |w| self.disks.bytes(w));
+        Ok(Counters {
+            in_dropped_packets,
+            out_dropped_packets,
+            in_packets,
+            out_packets,
+            cpu_ns,
+            memory_bytes,
+            disk_bytes,
+        })
+    }
+
+    /// A process ended: told by the watcher, which holds no lock.
+    pub(crate) fn process_gone(&self, slot: u16, proc: Proc, status: Option<i32>) {
+        let cell = self.cell(slot);
+        let mut held = lock(&cell);
+        let Some(s) = held.as_mut() else { return };
+        let which = match proc {
+            p if s.record.vmm == Some(p) => "vmm",
+            p if s.record.vmctl == Some(p) => "vmctl",
+            p if s.record.disk == Some(p) => "disk",
+            // Of an earlier tenant of the slot.
+            _ => return,
+        };
+        let said = s.stderr.as_ref().filter(|_| which == "vmm").map(drain);
+        log(
+            "process.gone",
+            serde_json::json!({
+                "slot": slot, "which": which, "pid": proc.pid, "status": status, "said": said,
+            }),
+        );
+        // vmctl stays, to say why, until the slot is closed.
+        self.fail(s);
+    }
+
+    /// Marks a slot dead and stops what runs on it; the rest goes when it is closed.
+    fn fail(&self, s: &mut Slot) {
+        s.record.dead = true;
+        if let Err(e) = self.publish(&s.record) {
+            log(
+                "journal.failed",
+                serde_json::json!({"slot": s.record.slot, "error": e}),
+            );
+        }
+        self.end(s);
+    }
+
+    /// Ends VMM and disk.
+    fn end(&self, s: &mut Slot) {
+        let gone = s.vmm.kill(KILL_WAIT);
+        if let Some(mut disk) = s.disk.take() {
+            // Not gone: it waits for an answer of its disk. Without one, the disk goes first.
+            if !gone {
+                disk.control = None;
+            }
+            disk.end();
+            disk.file = None;
+            if let Some(workspace) = &s.record.workspace
+                && let Err(e) = self.disks.rest(workspace)
+            {
+                log(
+                    "disk.rest",
+                    serde_json::json!({"slot": s.record.slot, "error": e}),
+                );
+            }
+        }
+        if !gone && !s.vmm.kill(KILL_WAIT) {
+            log(
+                "vmm.stuck",
+                serde_json::json!({"slot": s.record.slot, "pid": s.vmm.proc.pid}),
+            );
+        }
+    }
+
+    /// Removes all that a slot of that record may have left, by name. Idempotent.
+    fn clear(&self, record: &Record) -> Result {
+        let slot = record.slot;
+        lock(&self.views).remove(&slot);
+        let groups = self.cgroups.remove(&vm_group(slot)) & self.cgroups.remove(&disk_group(slot));
+        let nft = lock(&self.nft).slot_remove(slot, &record.open);
+        for name in [format!("{slot}.sock"), format!("{slot}.warden.sock")] {
+            remove(&self.config.layout.vmctl().join(name))?;
+        }
+        self.templates.build_remove(slot)?;
+        if let Some(workspace) = &record.workspace {
+            if record.fresh {
+                self.disks.forget_new(workspace)?;
+            }
+            lock(&self.in_use).remove(workspace);
+        }
+        nft?;
+        if !groups {
+            return Err(Error::internal(format!(
+                "a process of slot {slot} can't be killed; the slot stays closed"
+            )));
+        }
+        self.journal.remove(slot)
+    }
+
+    /// Adopts slots that rest with all their processes; removes everything else.
+    fn sweep(&self) -> Result {
+        let mut adopted = Vec::new();
+        for (slot, record) in self.journal.read()? {
+            let Some(record) = record else { continue };
+            if let Some(s) = self.adopt(&record) {
+                adopted.push((slot, record.open.clone()));
+                if let Some(workspace) = &record.workspace {
+                    lock(&self.in_use).insert(workspace.clone());
+                }
+                self.publish(&record)?;
+                *lock(&self.cell(slot)) = Some(s);
+                continue;
+            }
+            for proc in [record.vmm, record.disk, record.vmctl]
+                .into_iter()
+                .flatten()
+            {
+                if let Some(handle) = proc.handle() {
+                    let _ = handle.kill(KILL_WAIT);
+                }
+            }
+        }
+        lock(&self.nft).rebuild(&adopted)?;
+        let kept: HashSet<u16> = adopted.iter().map(|(s, _)| *s).collect();
+        for group in self.cgroups.list() {
+            let slot = group.rsplit_once('-').and_then(|(_, n)| n.parse().ok());
+            if !slot.is_some_and(|s| kept.contains(&s)) && !self.cgroups.remove(&group) {
+                return Err(Error::internal(format!(
+                    "a process in control group {group} can't be killed"
+                )));
+            }
+        }
+        for (slot, record) in self.journal.read()? {
+            if kept.contains(&slot) {
+                continue;
+            }
+            log(
+                "sweep",
+                serde_json::json!({"slot": slot, "step": record.as_ref().map(|r| r.step)}),
+            );
+            if let Some(workspace) = record.and_then(|r| r.workspace) {
+                self.disks.rest(&workspace)?;
+            }
+            self.journal.remove(slot)?;
+        }
+        for dir in [
+            self.config.layout.vmctl(),
+            self.config.layout.state().join("build"),
+        ] {
+            for entry in std::fs::read_dir(&dir).at("read", dir.display())?.flatten() {
+                let name = entry.file_name();
+                let slot = name
+                    .to_str()
+                    .and_then(|n| n.split('.').next())
+                    .and_then(|n| n.parse().ok());
+                if !slot.is_some_and(|s| kept.contains(&s)) {
+                    remove(&entry.path())?;
+                }
+            }
+        }
+        self.disks.sweep_new()
+    }
+
+    fn adopt(&self, record: &Record) -> Option<Slot> {
+        if !record.step.rests() || record.dead {
+            return None;
+        }
+        let (vmm, vmctl) = (record.vmm?.handle()?, record.vmctl?.handle()?);
+        let disk = match (record.step, record.disk) {
+            (Step::DiskAttached, Some(disk)) => Some(Disk {
+                handle: disk.handle()?,
+                control: None,
+                mount: None,
+                file: None,
+            }),
+            (Step::Open, None) => None,
+            _ => return None,
+        };
+        let watched = [Some(&vmm), Some(&vmctl), disk.as_ref().map(|d| &d.handle)];
+        for handle in watched.into_iter().flatten() {
+            self.watch.add(record.slot, handle).ok()?;
+        }
+        Some(Slot {
+            record: record.clone(),
+            vmm,
+            vmctl,
+            disk,
+            stderr: None,
+        })
+    }
+
+    /// Writes what is about to be done.
+    fn step(&self, record: &mut Record, step: Step) -> Result {
+        record.step = step;
+        self.publish(record)?;
+        assert!(
+            self.config.fail_at != Some(step),
+            "killed at {step:?}, as asked"
+        );
+        Ok(())
+    }
+
+    fn publish(&self, record: &Record) -> Result {
+        self.journal.write(record)?;
+        if record.step >= Step::Open
+            && let Some(view) = record.view(self.net_of(record.slot))
+        {
+            lock(&self.views).insert(record.slot, view);
+        }
+        Ok(())
+    }
+
+    /// Makes an empty ext4 in `file`, in a jail.
+    fn mkfs(&self, file: OwnedFd) -> Result {
+        let jail = plans::mkfs(&self.config.layout, file)?;
+        let mkfs = process::spawn(&self.config.launcher, "mke2fs", &jail.plan, &jail.fds())?
+            .go("mke2fs")?;
+        if !process::readable(mkfs.pidfd(), MKFS_WAIT) {
+            let _ = mkfs.kill(KILL_WAIT);
+            return Err(Error::internal("mke2fs took too long"));
+        }
+        match mkfs.reap() {
+            Some(0) => Ok(()),
+            status => Err(Error::internal(format!(
+                "mke2fs failed: {status:?} (install e2fsprogs)"
+            ))),
+        }
+    }
+
+    fn image(&self, id: &str) -> Result<OwnedFd> {
+        let name = format!("images/{id}.erofs");
+        let fd = open_beneath(&self.config.layout.artifacts(), &name, OFlags::RDONLY, 0)
+            .map_err(|_| missing(format!("image {id} is not on this machine")))?;
+        if self.digests.of(&fd, &name)? == id {
+            return Ok(fd);
+        }
+        Err(Error::internal(format!(
+            "image {name} is not what its name says; import it again"
+        )))
+    }
+
+    /// What a template of these would be a template of.
+    fn parts(&self, image: &str, memory_mb: u32, cpus: u32) -> Result<Parts> {
+        let digest = |name: &str| {
+            let fd = open_beneath(&self.config.layout.artifacts(), name, OFlags::RDONLY, 0)
+                .at("open artifact", name)?;
+            self.digests.of(&fd, name)
+        };
+        Ok(Parts {
+            vmm: digest(&format!("closure{}", vm::PROGRAM))?,
+            kernel: digest("kernel")?,
+            initramfs: digest("initramfs")?,
+            image: image.into(),
+            memory_mb,
+            cpus,
+        })
+    }
+
+    fn net_of(&self, slot: u16) -> VmOpened {
+        let network = self.config.network;
+        VmOpened {
+            ip: network.guest(slot).to_string(),
+            prefix: Network::PREFIX,
+            gateway: network.gateway().to_string(),
+            mac: net::mac_text(net::mac(network.guest(slot))),
+        }
+    }
+
+    fn cell(&self, slot: u16) -> Arc<Mutex<Option<Slot>>> {
+        Arc::clone(lock(&self.slots).entry(slot).or_default())
+    }
+
+    pub(crate) fn watch(&self) -> &Arc<Watch> {
+        &self.watch
+    }
+}
+
+/// The fields of [`Op::DiskOpen`].
+struct DiskAsk {
+    workspace: WorkspaceId,
+    start_id: StartId,
+    purpose: Purpose,
+    nonce: String,
+    disk_mb: u32,
+    bytes_per_s: u64,
+    ops_per_s: u64,
+}
+
+fn check_slot(slot: u16) -> Result {
+    check_range("slot", slot.into(), &(0..=u32::from(bounds::SLOTS_MAX) - 1))
+}
+
+fn check_range(name: &str, value: u32, range: &std::ops::RangeInclusive<u32>) -> Result {
+    if range.contains(&value) {
+        return Ok(());
+    }
+    Err(invalid(format!(
+        "{name} must be between {} and {}, not {value}",
+        range.start(),
+        range.end()
+    )))
+}
+
+fn vm_group(slot: u16) -> String {
+    format!("vm-{slot}")
+}
+
+fn disk_group(slot: u16) -> String {
+    format!("disk-{slot}")
+}
+
+fn seqpacket() -> Result<(OwnedFd, OwnedFd)> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType};
+    rustix::net::socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .at("make", "a channel")
+}
+
+/// A pipe that neither end waits on: what does not fit is lost, so a VMM can fill nothing.
+fn bounded_pipe() -> Result<(OwnedFd, OwnedFd)> {
+    use rustix::pipe::PipeFlags;
+    rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).at("make", "a pipe")
+}
+
+/// What is in the pipe, as text that can't harm a terminal.
+fn drain(pipe: &OwnedFd) -> String {
+    let mut buffer = vec![0u8; STDERR_MAX_BYTES];
+    let n = rustix::io::read(pipe, &mut buffer).unwrap_or(0);
+    String::from_utf8_lossy(&buffer[..n])
+        .chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect()
+}
+
+pub(crate) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
