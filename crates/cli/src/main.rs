@@ -188,7 +188,7 @@ fn run(args: Args) -> anyhow::Result<u8> {
                 println!("it was not up");
             }
         }
-        Command::Status => return Ok(status(&paths, args.json)?),
+        Command::Status => return status(&paths, args.json),
         Command::Doctor => return doctor::run(&paths, &config, args.json),
         Command::Ws(command) => {
             let client = Client::from_env(&args.target)?;
