@@ -1,0 +1,9 @@
+//! The whole platform, for real: processes, VMs, disks, firewall, TLS, in a root of its own.
+//!
+//! Needs root and the artifacts of `cargo xtask image`; `scripts/test` makes both.
+#![allow(clippy::unwrap_used)]
+
+mod world;
+
+mod checks;
+mod sdk;

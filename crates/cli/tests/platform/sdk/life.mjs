@@ -1,0 +1,64 @@
+// A workspace's whole life through the public SDK, unmodified.
+import assert from 'node:assert/strict';
+import Oblien from 'oblien';
+import { Runtime } from 'oblien/runtime';
+
+const env = (name) => process.env[name] ?? assert.fail(`${name} is not set`);
+const client = new Oblien({
+  clientId: env('CASEMATE_CLIENT_ID'),
+  clientSecret: env('CASEMATE_CLIENT_SECRET'),
+  baseUrl: env('CASEMATE_CONTROL_URL'),
+});
+
+const workspace = await client.workspaces.create({ image: 'python-3', name: 'sdk', mode: 'permanent' });
+const id = workspace.id;
+await client.workspaces.waitUntilReady(id);
+
+const runtime = async () => {
+  const { token } = await client.workspaces.apiAccess.enable(id);
+  return new Runtime({ token, baseUrl: env('CASEMATE_GATEWAY_URL') });
+};
+
+// Dark: a valid token is not enough, and the error is the typed one.
+let rt = await runtime();
+await assert.rejects(() => rt.exec.run(['true']), (e) => e.status === 403 && e.code === 'network_blocked');
+await client.workspaces.network.update(id, { public_access: true });
+assert.equal((await client.workspaces.network.get(id)).public_access, true);
+
+assert.equal(await rt.health(), true);
+const run = await rt.exec.run(['python3', '-c', 'print(6 * 7)'], { execMode: 'direct' });
+assert.equal(run.exit_code, 0);
+assert.equal(run.stdout, '42\n');
+const failed = await rt.exec.run(['sh', '-c', 'echo no >&2; exit 3'], { execMode: 'direct' });
+assert.equal(failed.exit_code, 3);
+assert.equal(failed.stderr, 'no\n');
+
+let streamed = '';
+let exit;
+for await (const e of rt.exec.stream(['sh', '-c', 'echo one; echo two'], { execMode: 'direct' })) {
+  if (e.event === 'stdout') streamed += Buffer.from(e.data, 'base64').toString();
+  if (e.event === 'exit') exit = e.exit_code;
+}
+assert.equal(streamed, 'one\ntwo\n');
+assert.equal(exit, 0);
+
+await rt.files.mkdir({ path: '/root/sdk' });
+await rt.files.write({ fullPath: '/root/sdk/a.txt', content: 'kept\n', createDirs: true });
+assert.equal((await rt.files.read({ filePath: '/root/sdk/a.txt' })).content, 'kept\n');
+assert.equal((await rt.files.stat({ path: '/root/sdk/a.txt' })).size, 5);
+const listed = await rt.files.list({ dirPath: '/root/sdk' });
+assert.deepEqual(listed.entries.map((e) => e.name), ['a.txt']);
+await assert.rejects(() => rt.files.read({ filePath: '/root/sdk/none' }), (e) => e.status === 404);
+
+await client.workspaces.stop(id);
+await assert.rejects(() => rt.exec.run(['true']), (e) => e.status === 409 || e.status === 403);
+await client.workspaces.start(id);
+await client.workspaces.waitUntilReady(id);
+rt = await runtime();
+assert.equal((await rt.files.read({ filePath: '/root/sdk/a.txt' })).content, 'kept\n');
+await rt.files.delete({ path: '/root/sdk/a.txt' });
+
+await client.workspaces.delete(id);
+await assert.rejects(() => client.workspaces.get(id), (e) => e.status === 404);
+await assert.rejects(() => client.workspaces.get('ws_0000000000000000'), (e) => e.status === 404);
+console.log('all of it works');
