@@ -1,0 +1,144 @@
+//! The QEMU driver: `microvm`, with the template recipe.
+//!
+//! A template is the guest's memory in one file, mapped shared while it is built and private,
+//! read-only afterwards, and the device state in another; `x-ignore-shared` keeps memory out of
+//! the state on both sides. The workspace's disk is attached late: the guest's second disk is a
+//! raw node over nothing, which is reopened over the disk's file while the virtual CPUs stand
+//! still (`virtio-mmio` has no hot-plug, and a file node can't change its name).
+//!
+//! Must never build a command from a caller's text: [`argv`] takes numbers and closed enums,
+//! [`qmp`] knows a dozen commands.
+
+pub mod argv;
+pub mod qmp;
+
+pub use argv::{Accel, GUEST_MAC, How, Net, Paths, Spec, argv};
+
+use crate::limits::{MIGRATE_MAX, MIGRATE_POLL, QMP_COMMAND_MAX};
+use crate::{Error, Event, Vmm};
+use qmp::Qmp;
+use serde_json::{Value, json};
+use std::os::fd::BorrowedFd;
+use std::os::unix::net::UnixStream;
+use std::time::Instant;
+
+/// One QEMU, through its control socket.
+pub struct Qemu {
+    qmp: Qmp,
+}
+
+impl Qemu {
+    /// Greets the QEMU at the other end of `control`.
+    ///
+    /// # Errors
+    /// It does not answer as QEMU does, in time.
+    pub fn new(control: UnixStream) -> Result<Self, Error> {
+        Ok(Self {
+            qmp: Qmp::new(control)?,
+        })
+    }
+
+    fn ignore_shared(&mut self) -> Result<(), Error> {
+        self.qmp.command(
+            "migrate-set-capabilities",
+            json!({"capabilities": [{"capability": "x-ignore-shared", "state": true}]}),
+        )?;
+        Ok(())
+    }
+
+    /// Waits until the migration that `command` started is done.
+    fn migrated(&mut self, command: &'static str) -> Result<(), Error> {
+        let deadline = Instant::now() + MIGRATE_MAX;
+        loop {
+            let info = self.qmp.command("query-migrate", Value::Null)?;
+            match info.get("status").and_then(Value::as_str) {
+                Some("completed") => return Ok(()),
+                Some(s @ ("failed" | "cancelled")) => {
+                    let why = info.get("error-desc").and_then(Value::as_str).unwrap_or(s);
+                    return Err(Error::Refused {
+                        command,
+                        why: crate::log::clean(why),
+                    });
+                }
+                _ if Instant::now() >= deadline => {
+                    return Err(Error::Timeout {
+                        command,
+                        after: MIGRATE_MAX,
+                    });
+                }
+                _ => std::thread::sleep(MIGRATE_POLL),
+            }
+        }
+    }
+}
+
+impl Vmm for Qemu {
+    fn restore(&mut self) -> Result<(), Error> {
+        self.ignore_shared()?;
+        self.qmp
+            .command("migrate-incoming", json!({"uri": argv::STATE_URI}))?;
+        self.migrated("migrate-incoming")
+    }
+
+    fn save(&mut self) -> Result<(), Error> {
+        self.ignore_shared()?;
+        self.qmp
+            .command("migrate", json!({"uri": argv::STATE_URI}))?;
+        self.migrated("migrate")
+    }
+
+    fn cont(&mut self) -> Result<(), Error> {
+        self.qmp.command("cont", Value::Null).map(drop)
+    }
+
+    fn stop(&mut self) -> Result<(), Error> {
+        self.qmp.command("stop", Value::Null).map(drop)
+    }
+
+    fn disk_attach(&mut self, disk: BorrowedFd<'_>, size_bytes: u64) -> Result<(), Error> {
+        self.qmp.add_fd(argv::DISK_FDSET, disk)?;
+        self.qmp.command(
+            "blockdev-add",
+            json!({
+                "driver": "file",
+                "node-name": "disk-file",
+                "filename": format!("/dev/fdset/{}", argv::DISK_FDSET),
+                "aio": "threads",
+                // One descriptor exists, and it is ours.
+                "locking": "off",
+                "discard": "unmap",
+                "cache": {"direct": true},
+            }),
+        )?;
+        self.qmp.command(
+            "blockdev-reopen",
+            json!({"options": [{
+                "driver": "raw",
+                "node-name": argv::DISK_NODE,
+                "file": "disk-file",
+                "discard": "unmap",
+                "cache": {"direct": true},
+            }]}),
+        )?;
+        // Tells the guest; the file has this size already.
+        self.qmp.command(
+            "block_resize",
+            json!({"node-name": argv::DISK_NODE, "size": size_bytes}),
+        )?;
+        Ok(())
+    }
+
+    fn quit(&mut self) -> Result<(), Error> {
+        self.qmp.quit()
+    }
+
+    fn event(&mut self) -> Option<Event> {
+        self.qmp.event()
+    }
+
+    fn control_fd(&self) -> BorrowedFd<'_> {
+        self.qmp.fd()
+    }
+}
+
+const _: () = assert!(QMP_COMMAND_MAX.as_millis() < MIGRATE_MAX.as_millis());

@@ -1,0 +1,554 @@
+//! One VM's life, as host drives it.
+//!
+//! ```text
+//!           Prepare            booted              rehearsed
+//! Created ───────────▶ Booting ──────▶ Rehearsing ──────────▶ Pooled ──Save──▶ Exited(saved)
+//!    │     (template: straight to Rehearsing)                   │
+//!    │                                                          │ Attach
+//!    │                                                          ▼
+//!    │                  Paused ◀──Pause──┐                  Attaching
+//!    │                     └────Resume──▶ Running ◀────up───────┘
+//!    │                                     │ Shutdown
+//!    ▼                                     ▼        down, power-off, or the grace is over
+//! Exited(shutdown) ◀─────────────────── Stopping
+//! ```
+//!
+//! - Any state but Stopping: the VMM is gone → Exited(lost); the guest powers off, reboots or
+//!   panics → Exited(shutdown, reset, panic).
+//! - Booting, Rehearsing, Attaching: `failed`, a message out of turn, no message at all, or the
+//!   deadline → the VMM is ended, Exited(failed). A VM serves one workspace, once: nothing leads
+//!   back.
+//! - Running, Paused, Stopping: what else the guest says is passed over; the workspace may write
+//!   to its own channel as it likes.
+//! - Shutdown is taken in every state and ends whatever waits; Status is answered in every state;
+//!   another request while one waits is a conflict.
+//!
+//! The cost: one request at a time. Waiting is done by the caller's poll, never here, but for
+//! commands to the VMM, which are bounded.
+
+use crate::agent::Channel;
+use crate::limits::{
+    ATTACH_WAIT_MAX_MS, PREPARE_COLD_MAX, PREPARE_TEMPLATE_MAX, SHUTDOWN_GRACE_MAX_MS,
+};
+use crate::qemu::How;
+use crate::{Event, Vmm, log};
+use api::agent::{FromGuest, ToGuest, Up};
+use api::vmctl::{Op, Status, VmState};
+use api::{Error, ErrorCode};
+use serde_json::{Value, json};
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+/// One VM: its VMM, its guest's channel, and where it is. `T` says whom to answer.
+pub struct Vm<V, T> {
+    slot: u16,
+    how: How,
+    vmm: V,
+    agent: Channel,
+    state: State,
+    waiting: Option<Waiting<T>>,
+    disk: Option<Disk>,
+    answers: Vec<(T, Result<Value, Error>)>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Created,
+    Booting,
+    Rehearsing,
+    Pooled,
+    Attaching,
+    Running,
+    Paused,
+    Stopping,
+    Exited(Reason),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Reason {
+    Shutdown,
+    Panic,
+    Reset,
+    Lost,
+    Failed,
+    Saved,
+}
+
+struct Waiting<T> {
+    reply: T,
+    deadline: Instant,
+    after: Duration,
+}
+
+struct Disk {
+    fd: OwnedFd,
+    size_bytes: u64,
+}
+
+impl<V: Vmm, T> Vm<V, T> {
+    /// A VM that has not run yet.
+    pub fn new(slot: u16, how: How, vmm: V, agent: Channel) -> Self {
+        Self {
+            slot,
+            how,
+            vmm,
+            agent,
+            state: State::Created,
+            waiting: None,
+            disk: None,
+            answers: Vec::new(),
+        }
+    }
+
+    /// Takes a request of host's; the answer comes by [`Self::take_answers`], now or later.
+    pub fn request(&mut self, reply: T, op: Op, now: Instant) {
+        let answer = match op {
+            Op::Status => Ok(json!(self.status())),
+            Op::Shutdown { grace_ms } => return self.shutdown(reply, grace_ms, now),
+            _ if self.waiting.is_some() => {
+                Err(self.conflict("another request waits for the guest"))
+            }
+            Op::Prepare => return self.prepare(reply, now),
+            Op::Attach { attach, wait_ms } => return self.attach(reply, *attach, wait_ms, now),
+            Op::Save => self.save(),
+            Op::Pause => self.pause(),
+            Op::Resume => self.resume(),
+        };
+        self.answers.push((reply, answer));
+    }
+
+    /// Keeps the disk that warden hands over, for the attach.
+    ///
+    /// # Errors
+    /// There is one already, or the guest is past its attach.
+    pub fn disk_keep(&mut self, fd: OwnedFd, size_bytes: u64) -> Result<(), Error> {
+        if !matches!(
+            self.state,
+            State::Created | State::Booting | State::Rehearsing | State::Pooled
+        ) {
+            return Err(self.conflict("a disk can be handed over before the attach only"));
+        }
+        if self.disk.is_some() {
+            return Err(self.conflict("it has a disk already"));
+        }
+        self.disk = Some(Disk { fd, size_bytes });
+        Ok(())
+    }
+
+    /// Takes in what the guest said.
+    pub fn on_agent(&mut self) {
+        self.agent.fill();
+        while let Some(message) = self.agent.next() {
+            self.on_message(message);
+        }
+    }
+
+    /// Takes in what the VMM told.
+    pub fn on_vmm(&mut self) {
+        while let Some(event) = self.vmm.event() {
+            if event == Event::DiskError {
+                log::line(
+                    "error",
+                    self.slot,
+                    "the disk gave the guest an I/O error",
+                    None,
+                );
+                continue;
+            }
+            self.on_end(event);
+            if self.exited() {
+                return;
+            }
+        }
+    }
+
+    /// Acts on the deadline, if it passed.
+    pub fn on_time(&mut self, now: Instant) {
+        let Some(after) = self
+            .waiting
+            .as_ref()
+            .filter(|w| now >= w.deadline)
+            .map(|w| w.after)
+        else {
+            return;
+        };
+        if self.state == State::Stopping {
+            log::line(
+                "warn",
+                self.slot,
+                "the guest did not shut down in time",
+                None,
+            );
+            return self.end(Reason::Shutdown);
+        }
+        let phase = match self.state {
+            State::Booting => "did not boot",
+            State::Rehearsing => "did not finish its rehearsal",
+            _ => "did not come up",
+        };
+        self.fail(Error::new(
+            ErrorCode::Timeout,
+            format!(
+                "the guest {phase} in {} ms; start it again, and if that fails too, with more memory \
+                 or a longer wait",
+                after.as_millis()
+            ),
+        ));
+    }
+
+    /// When [`Self::on_time`] has something to do.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Instant> {
+        self.waiting.as_ref().map(|w| w.deadline)
+    }
+
+    /// The guest's channel, when it is worth waiting on.
+    #[must_use]
+    pub fn agent(&self) -> Option<&Channel> {
+        (!self.exited() && self.agent.listens()).then_some(&self.agent)
+    }
+
+    /// The VMM, until it is gone.
+    #[must_use]
+    pub fn vmm(&self) -> Option<&V> {
+        (!self.exited()).then_some(&self.vmm)
+    }
+
+    /// The answers that are ready.
+    pub fn take_answers(&mut self) -> Vec<(T, Result<Value, Error>)> {
+        std::mem::take(&mut self.answers)
+    }
+
+    /// How far the VM is.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        let vm = match self.state {
+            State::Created | State::Booting | State::Rehearsing => VmState::Created,
+            State::Pooled | State::Attaching => VmState::Pooled,
+            State::Running | State::Stopping => VmState::Running,
+            State::Paused => VmState::Paused,
+            State::Exited(_) => VmState::Exited,
+        };
+        let reason = match self.state {
+            State::Exited(r) => Some(
+                match r {
+                    Reason::Shutdown => "shutdown",
+                    Reason::Panic => "panic",
+                    Reason::Reset => "reset",
+                    Reason::Lost => "lost",
+                    Reason::Failed => "failed",
+                    Reason::Saved => "saved",
+                }
+                .to_owned(),
+            ),
+            _ => None,
+        };
+        Status { vm, reason }
+    }
+
+    fn prepare(&mut self, reply: T, now: Instant) {
+        match self.state {
+            State::Pooled => {
+                let status = json!(self.status());
+                return self.answers.push((reply, Ok(status)));
+            }
+            State::Created => {}
+            _ => {
+                let e = self.conflict("only a VM that did not run yet can be prepared");
+                return self.answers.push((reply, Err(e)));
+            }
+        }
+        let after = match self.how {
+            How::Template => PREPARE_TEMPLATE_MAX,
+            How::Cold | How::Build => PREPARE_COLD_MAX,
+        };
+        self.wait(reply, now, after);
+        let begun = match self.how {
+            How::Template => self.vmm.restore().and_then(|()| self.vmm.cont()),
+            How::Cold | How::Build => self.vmm.cont(),
+        };
+        if let Err(e) = begun {
+            return self.fail(vmm_error(&e));
+        }
+        if self.how == How::Template {
+            self.rehearse();
+        } else {
+            self.state = State::Booting;
+        }
+    }
+
+    fn rehearse(&mut self) {
+        self.state = State::Rehearsing;
+        if let Err(e) = self.agent.send(&ToGuest::Rehearse) {
+            self.fail(agent_error(&e));
+        }
+    }
+
+    fn attach(&mut self, reply: T, attach: api::agent::Attach, wait_ms: u64, now: Instant) {
+        let refused = if self.state != State::Pooled {
+            Some(self.conflict("only a prepared VM can be attached"))
+        } else if self.how == How::Build {
+            Some(self.conflict("a template's VM must never see a workspace"))
+        } else if wait_ms == 0 || wait_ms > ATTACH_WAIT_MAX_MS {
+            Some(Error::new(
+                ErrorCode::ValidationError,
+                format!("wait_ms must be 1 to {ATTACH_WAIT_MAX_MS}"),
+            ))
+        } else {
+            None
+        };
+        if let Some(e) = refused {
+            return self.answers.push((reply, Err(e)));
+        }
+        let Some(disk) = self.disk.take() else {
+            let e = self.conflict("no disk was handed over; open the slot's disk first");
+            return self.answers.push((reply, Err(e)));
+        };
+        self.wait(reply, now, Duration::from_millis(wait_ms));
+        self.state = State::Attaching;
+        if let Err(e) = self
+            .vmm
+            .disk_attach(disk.fd.as_fd(), disk.size_bytes)
+            .and_then(|()| self.vmm.cont())
+        {
+            return self.fail(vmm_error(&e));
+        }
+        if let Err(e) = self.agent.send(&ToGuest::Attach(attach)) {
+            self.fail(agent_error(&e));
+        }
+    }
+
+    fn save(&mut self) -> Result<Value, Error> {
+        if self.state != State::Pooled || self.how != How::Build {
+            return Err(self.conflict("only a prepared build VM can be saved"));
+        }
+        let saved = self.vmm.save().map_err(|e| vmm_error(&e));
+        self.end(if saved.is_ok() {
+            Reason::Saved
+        } else {
+            Reason::Failed
+        });
+        saved.map(|()| Value::Bool(true))
+    }
+
+    fn pause(&mut self) -> Result<Value, Error> {
+        match self.state {
+            State::Running => {
+                self.act(Vmm::stop)?;
+                self.state = State::Paused;
+            }
+            State::Paused => {}
+            _ => return Err(self.conflict("only a running workspace can be paused")),
+        }
+        Ok(json!(self.status()))
+    }
+
+    fn resume(&mut self) -> Result<Value, Error> {
+        match self.state {
+            State::Paused => {
+                self.act(Vmm::cont)?;
+                self.state = State::Running;
+                let clock = ToGuest::Clock {
+                    time_unix_ns: unix_ns(),
+                };
+                if let Err(e) = self.agent.send(&clock) {
+                    // The workspace may close its own channel; it keeps a late clock.
+                    let e = e.to_string();
+                    log::line(
+                        "warn",
+                        self.slot,
+                        "the guest did not take the time",
+                        Some(&e),
+                    );
+                }
+            }
+            State::Running => {}
+            _ => return Err(self.conflict("only a paused workspace can be resumed")),
+        }
+        Ok(json!(self.status()))
+    }
+
+    fn shutdown(&mut self, reply: T, grace_ms: u64, now: Instant) {
+        if let Some(w) = self.waiting.take() {
+            let e = Error::new(ErrorCode::Conflict, "the workspace was shut down meanwhile");
+            self.answers.push((w.reply, Err(e)));
+        }
+        let grace = Duration::from_millis(grace_ms.min(SHUTDOWN_GRACE_MAX_MS));
+        if self.exited() {
+            let status = json!(self.status());
+            return self.answers.push((reply, Ok(status)));
+        }
+        self.wait(reply, now, grace);
+        let asked = match self.state {
+            _ if grace.is_zero() => false,
+            State::Running | State::Stopping => self.agent.send(&ToGuest::Shutdown).is_ok(),
+            State::Paused => self.vmm.cont().is_ok() && self.agent.send(&ToGuest::Shutdown).is_ok(),
+            _ => false,
+        };
+        self.state = State::Stopping;
+        if !asked {
+            self.end(Reason::Shutdown);
+        }
+    }
+
+    fn on_message(&mut self, message: Result<FromGuest, crate::agent::Error>) {
+        match (self.state, message) {
+            (State::Booting, Ok(FromGuest::Booted { version })) => {
+                log::line("info", self.slot, "the guest's agent runs", Some(&version));
+                self.rehearse();
+            }
+            (State::Rehearsing, Ok(FromGuest::Rehearsed)) => {
+                if let Err(e) = self.vmm.stop() {
+                    return self.fail(vmm_error(&e));
+                }
+                self.state = State::Pooled;
+                let status = json!(self.status());
+                self.answer(Ok(status));
+            }
+            (State::Attaching, Ok(FromGuest::Up(up))) => {
+                self.state = State::Running;
+                self.answer(Ok(json!(Up {
+                    kernel: log::clean(&up.kernel),
+                })));
+            }
+            (State::Stopping, Ok(FromGuest::Down)) => self.end(Reason::Shutdown),
+            (
+                State::Booting | State::Rehearsing | State::Attaching,
+                Ok(FromGuest::Failed { code, message }),
+            ) => {
+                let code: String = code
+                    .chars()
+                    .filter(|c| c.is_ascii_alphanumeric() || *c == '_')
+                    .take(32)
+                    .collect();
+                self.fail(
+                    Error::new(
+                        ErrorCode::BadGateway,
+                        format!("the workspace's guest could not start ({code})"),
+                    )
+                    .detail(log::clean(&message)),
+                );
+            }
+            (State::Booting | State::Rehearsing | State::Attaching, Ok(m)) => {
+                // Debug text of a message of a hostile guest: cut.
+                self.fail(out_of_turn(&log::clean(&format!(
+                    "{m:?} in {:?}",
+                    self.state
+                ))));
+            }
+            (State::Booting | State::Rehearsing | State::Attaching, Err(e)) => {
+                self.fail(agent_error(&e));
+            }
+            _ => {}
+        }
+    }
+
+    fn on_end(&mut self, event: Event) {
+        let (reason, what) = match event {
+            Event::Shutdown => (Reason::Shutdown, "powered off"),
+            Event::Reset => (Reason::Reset, "rebooted or panicked"),
+            Event::Panic => (Reason::Panic, "panicked"),
+            Event::Gone => (Reason::Lost, "lost its VMM"),
+            Event::DiskError => return,
+        };
+        match self.state {
+            State::Exited(_) => {}
+            State::Stopping => self.end(Reason::Shutdown),
+            State::Booting | State::Rehearsing | State::Attaching => self.fail(Error::new(
+                ErrorCode::BadGateway,
+                format!("the guest {what} before it was up; start it again"),
+            )),
+            _ => self.end(reason),
+        }
+    }
+
+    /// One act on the VMM of a workspace; a VMM that fails it is ended.
+    fn act(&mut self, act: impl FnOnce(&mut V) -> Result<(), crate::Error>) -> Result<(), Error> {
+        let done = act(&mut self.vmm).map_err(|e| vmm_error(&e));
+        if done.is_err() {
+            self.end(Reason::Failed);
+        }
+        done
+    }
+
+    fn fail(&mut self, error: Error) {
+        let text = format!("{error}: {}", error.detail.as_deref().unwrap_or("-"));
+        log::line("error", self.slot, "the VM failed", Some(&text));
+        self.answer(Err(error));
+        self.end(Reason::Failed);
+    }
+
+    /// Ends the VMM; whoever waits learns how the VM is.
+    fn end(&mut self, reason: Reason) {
+        if let Err(e) = self.vmm.quit() {
+            let e = e.to_string();
+            log::line(
+                "error",
+                self.slot,
+                "the VMM did not end by itself",
+                Some(&e),
+            );
+        }
+        self.disk = None;
+        self.state = State::Exited(reason);
+        let status = json!(self.status());
+        self.answer(Ok(status));
+    }
+
+    fn wait(&mut self, reply: T, now: Instant, after: Duration) {
+        self.waiting = Some(Waiting {
+            reply,
+            deadline: now + after,
+            after,
+        });
+    }
+
+    fn answer(&mut self, answer: Result<Value, Error>) {
+        if let Some(w) = self.waiting.take() {
+            self.answers.push((w.reply, answer));
+        }
+    }
+
+    fn exited(&self) -> bool {
+        matches!(self.state, State::Exited(_))
+    }
+
+    fn conflict(&self, why: &str) -> Error {
+        Error::new(ErrorCode::Conflict, format!("slot {}: {why}", self.slot))
+            .detail(format!("state {:?}", self.state))
+    }
+}
+
+fn vmm_error(e: &crate::Error) -> Error {
+    Error::new(
+        ErrorCode::VmUnavailable,
+        "the virtual machine failed; start the workspace again",
+    )
+    .detail(e)
+}
+
+fn agent_error(e: &crate::agent::Error) -> Error {
+    match e {
+        crate::agent::Error::TooLarge => Error::new(ErrorCode::TooLarge, e.to_string()),
+        _ => out_of_turn(&e.to_string()),
+    }
+}
+
+fn out_of_turn(detail: &str) -> Error {
+    Error::new(
+        ErrorCode::BadGateway,
+        "the workspace's guest did not answer as an agent does; start it again",
+    )
+    .detail(detail)
+}
+
+fn unix_ns() -> u64 {
+    let t = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
+    let s = u64::try_from(t.tv_sec).unwrap_or(0);
+    let ns = u64::try_from(t.tv_nsec).unwrap_or(0);
+    s.saturating_mul(1_000_000_000).saturating_add(ns)
+}
+
+#[cfg(test)]
+#[path = "vmctl_tests.rs"]
+mod tests;
