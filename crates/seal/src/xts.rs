@@ -61,6 +61,24 @@ impl Xts {
     pub fn decrypt(&self, first_sector: u64, buf: &mut [u8]) {
         self.decrypt.run(first_sector, buf);
     }
+
+    /// Encrypts the 512-byte data units in `buf` in place; the first of them has the tweak
+    /// `first_unit`. LUKS keyslot areas have these units whatever the volume's sectors are
+    /// (LUKS2 On-Disk Format Specification 1.1.1, section 4.2).
+    ///
+    /// # Panics
+    /// If `buf` is not whole units, or the count passes 2^64: the caller's bug.
+    pub fn encrypt_units_512(&self, first_unit: u64, buf: &mut [u8]) {
+        self.encrypt.run_512(first_unit, buf);
+    }
+
+    /// Decrypts 512-byte data units in place; see [`Xts::encrypt_units_512`].
+    ///
+    /// # Panics
+    /// Like [`Xts::encrypt_units_512`].
+    pub fn decrypt_units_512(&self, first_unit: u64, buf: &mut [u8]) {
+        self.decrypt.run_512(first_unit, buf);
+    }
 }
 
 impl Clone for Xts {
@@ -128,6 +146,16 @@ impl Context {
         for sector in sectors {
             self.run_unit(unit, sector);
             unit = unit.wrapping_add(XTS_TWEAK_UNITS_PER_SECTOR); // Checked above.
+        }
+    }
+
+    fn run_512(&self, first_unit: u64, buf: &mut [u8]) {
+        let (units, rest) = buf.as_chunks_mut::<512>();
+        assert!(rest.is_empty(), "XTS runs over whole units of 512 bytes");
+        let mut number = first_unit;
+        for unit in units {
+            self.run_unit(number, unit);
+            number = number.checked_add(1).expect("fewer than 2^64 units");
         }
     }
 
