@@ -67,6 +67,12 @@ impl Service {
         })
     }
 
+    /// The exec tasks.
+    #[must_use]
+    pub fn tasks(&self) -> &Tasks {
+        &self.tasks
+    }
+
     /// The verifiers and the token state.
     #[must_use]
     pub fn auth(&self) -> &Auth {
