@@ -38,11 +38,6 @@ pub trait Backing: Send + Sync {
     /// # Errors
     /// The kernel's.
     fn set_len(&self, len: u64) -> io::Result<()>;
-    /// Whether anything at all is stored.
-    ///
-    /// # Errors
-    /// The kernel's.
-    fn is_blank(&self) -> io::Result<bool>;
 }
 
 impl Backing for File {
@@ -83,10 +78,6 @@ impl Backing for File {
 
     fn set_len(&self, len: u64) -> io::Result<()> {
         File::set_len(self, len)
-    }
-
-    fn is_blank(&self) -> io::Result<bool> {
-        Ok(next_data(self, 0)?.is_none())
     }
 }
 

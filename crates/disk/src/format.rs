@@ -1,9 +1,8 @@
 //! Opening a backing file: the volume that is there, or a new one.
 //!
-//! A new volume is made in an order that a crash can't spoil: mark, template through the cipher,
-//! sync, keyslot, sync, headers, sync, unmark. Without a header it is no volume; with the mark it
-//! is known as one that was being made, and is made again, under a new key. A file that holds
-//! anything else is never formatted.
+//! A new volume is made in an order that a crash can't spoil: template through the cipher, sync,
+//! keyslot, sync, headers, sync. Without a header it is no volume, and the next try begins again
+//! under a new key. A file with a header is never formatted.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -11,20 +10,15 @@ use std::os::unix::fs::FileExt;
 use crate::DiskError;
 use crate::backing::{Backing, next_data, next_hole};
 use crate::grant::Grant;
-use crate::limits::{DATA_OFFSET_BYTES, REQUEST_MAX_BYTES, SECTOR_BYTES};
+use crate::limits::{REQUEST_MAX_BYTES, SECTOR_BYTES};
 use crate::luks2::{self, VolumeKey};
 use crate::volume::Volume;
 
-/// Where the mark lies, bytes: behind all that LUKS2 uses here.
-const MARK_OFFSET_BYTES: u64 = 8 << 20;
-const MARK: &[u8; 8] = b"CMFORMAT";
-
-/// Opens the volume in `backing`, or makes it: if `format` says that the file is new, or if a
-/// formatting did not end. `template` is a raw file system that a new volume begins with.
+/// Opens the volume in `backing`, or makes it, if `format` says that the file is new. `template` is a raw file system that a new volume begins with.
 ///
 /// # Errors
-/// [`DiskError`]: those of [`luks2::open`] and [`Volume::new`]; [`DiskError::Occupied`] if a file
-/// said to be new is not.
+/// Those of [`luks2::open`], [`luks2::create`] and [`Volume::new`]; [`DiskError::Occupied`] if a
+/// file said to be new holds a volume.
 pub fn open_or_format<B: Backing>(
     backing: B,
     template: Option<&File>,
@@ -32,43 +26,17 @@ pub fn open_or_format<B: Backing>(
     format: bool,
     size_bytes: u64,
 ) -> Result<Volume<B>, DiskError> {
-    let there = luks2::exists(&backing)?;
-    if there && format {
-        return Err(DiskError::Occupied { what: "a volume" });
-    }
-    if there {
+    if !format {
         let key = luks2::open(&backing, &grant.disk_key, &grant.workspace)?;
         return Volume::new(backing, &key, size_bytes);
     }
-    let marked = is_marked(&backing)?;
-    if !marked && !format {
-        return Err(DiskError::NoHeader);
+    if luks2::exists(&backing)? {
+        return Err(DiskError::Occupied { what: "a volume" });
     }
-    if !marked
-        && !backing
-            .is_blank()
-            .map_err(DiskError::io("looking for data"))?
-    {
-        return Err(DiskError::Occupied {
-            what: "something that is no volume",
-        });
-    }
-    make(backing, template, grant, size_bytes)
-}
-
-fn make<B: Backing>(
-    backing: B,
-    template: Option<&File>,
-    grant: &Grant<'_>,
-    size_bytes: u64,
-) -> Result<Volume<B>, DiskError> {
+    // What an earlier try left is under a key that nobody has: it would read as garbage.
     backing
-        .write_at(MARK_OFFSET_BYTES, MARK)
-        .map_err(DiskError::io("marking a new volume"))?;
-    backing
-        .sync()
-        .map_err(DiskError::io("marking a new volume"))?;
-    clear_remains(&backing)?;
+        .set_len(0)
+        .map_err(DiskError::io("emptying a new volume"))?;
     let key = VolumeKey::random();
     let volume = Volume::new(backing, &key, size_bytes)?;
     if let Some(template) = template {
@@ -78,34 +46,7 @@ fn make<B: Backing>(
         .sync()
         .map_err(DiskError::io("syncing a new volume"))?;
     luks2::create(volume.backing(), &key, &grant.disk_key, &grant.workspace)?;
-    // Not synced: with a header the mark means nothing.
-    let mark_bytes = SECTOR_BYTES as u64;
-    volume
-        .backing()
-        .punch(MARK_OFFSET_BYTES, mark_bytes)
-        .map_err(DiskError::io("unmarking a new volume"))?;
     Ok(volume)
-}
-
-/// What an earlier try left is under a key that nobody has: it would read as garbage.
-fn clear_remains(backing: &impl Backing) -> Result<(), DiskError> {
-    let len = backing
-        .length()
-        .map_err(DiskError::io("measuring a new volume"))?;
-    if len > DATA_OFFSET_BYTES {
-        backing
-            .punch(DATA_OFFSET_BYTES, len - DATA_OFFSET_BYTES)
-            .map_err(DiskError::io("clearing a new volume"))?;
-    }
-    Ok(())
-}
-
-fn is_marked(backing: &impl Backing) -> Result<bool, DiskError> {
-    let mut mark = [0; MARK.len()];
-    backing
-        .read_at(MARK_OFFSET_BYTES, &mut mark)
-        .map_err(DiskError::io("reading the mark"))?;
-    Ok(mark == *MARK)
 }
 
 /// Writes the template's sectors that are not zeros.

@@ -55,5 +55,5 @@ pub const BACKING_FD: i32 = 4;
 pub const FUSE_FD: i32 = 5;
 /// The template of a new volume; may be absent.
 pub const TEMPLATE_FD: i32 = 6;
-/// Another open `/dev/fuse`, for the second worker's own queue; may be absent.
+/// A clone of it (`FUSE_DEV_IOC_CLONE`), the second worker's own queue; may be absent.
 pub const FUSE_CLONE_FD: i32 = 7;

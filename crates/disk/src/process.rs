@@ -5,7 +5,8 @@
 //! ```
 
 use std::fs::File;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::ops::RangeInclusive;
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, mpsc};
 use std::thread;
 
@@ -37,12 +38,12 @@ pub struct Arguments {
     pub bytes_per_s: u64,
     /// Operations/s.
     pub ops_per_s: u64,
-    /// Who may open the file.
-    pub uid: u32,
+    /// Who may open the file; without it, whom the mount lets in (one uid, as warden made it).
+    pub uid: Option<u32>,
 }
 
 impl Arguments {
-    /// Reads `--size-mb N --bytes-per-s N --ops-per-s N --uid N`, each once.
+    /// Reads `--size-mb N --bytes-per-s N --ops-per-s N`, and perhaps `--uid N`, each once.
     ///
     /// # Errors
     /// [`DiskError::Protocol`], naming the argument.
@@ -62,20 +63,19 @@ impl Arguments {
                 return Err(wrong(NAMES[at], "given twice"));
             }
         }
-        let value = |at: usize, allowed: std::ops::RangeInclusive<u64>| {
-            values[at]
-                .ok_or(wrong(NAMES[at], "missing"))
-                .and_then(|value| match allowed.contains(&value) {
-                    true => Ok(value),
-                    false => Err(wrong(NAMES[at], "out of bounds")),
-                })
+        let optional = |at: usize, allowed: RangeInclusive<u64>| match values[at] {
+            Some(value) if !allowed.contains(&value) => Err(wrong(NAMES[at], "out of bounds")),
+            value => Ok(value),
+        };
+        let value = |at: usize, allowed: RangeInclusive<u64>| {
+            optional(at, allowed)?.ok_or(wrong(NAMES[at], "missing"))
         };
         let narrow = |value: u64| u32::try_from(value).expect("its bound fits");
         Ok(Self {
             size_mb: narrow(value(0, 1..=u64::from(VOLUME_MAX_MB))?),
             bytes_per_s: value(1, BYTES_PER_S)?,
             ops_per_s: value(2, OPS_PER_S)?,
-            uid: narrow(value(3, 0..=u64::from(u32::MAX - 1))?),
+            uid: optional(3, 0..=u64::from(u32::MAX - 1))?.map(narrow),
         })
     }
 }
@@ -277,10 +277,8 @@ impl Inherited {
         let control = take_fd(CONTROL_FD).ok_or(missing("descriptor 3 (control)"))?;
         let backing = take_fd(BACKING_FD).ok_or(missing("descriptor 4 (backing file)"))?;
         let fuse = take_fd(FUSE_FD).ok_or(missing("descriptor 5 (/dev/fuse)"))?;
-        let second = take_fd(FUSE_CLONE_FD)
-            .map(|fd| clone_queue(fd, &fuse))
-            .transpose()?;
         let fuse = Arc::new(File::from(fuse));
+        let second = take_fd(FUSE_CLONE_FD).map(|fd| Arc::new(File::from(fd)));
         let second = second.unwrap_or_else(|| Arc::clone(&fuse));
         let template = take_fd(TEMPLATE_FD).map(File::from);
         let files = Files {
@@ -312,19 +310,6 @@ fn close_from(first: RawFd) -> Result<(), DiskError> {
     ))
 }
 
-/// Makes `fd`, an open `/dev/fuse`, another queue of the mount behind `fuse`.
-fn clone_queue(fd: OwnedFd, fuse: &OwnedFd) -> Result<Arc<File>, DiskError> {
-    const FUSE_DEV_IOC_CLONE: rustix::ioctl::Opcode = rustix::ioctl::opcode::read::<u32>(229, 0);
-    let source = u32::try_from(fuse.as_raw_fd()).expect("descriptors are not negative");
-    // SAFETY: the call reads one u32, which outlives it; `fd` and `fuse` are open.
-    let done = unsafe {
-        let call = rustix::ioctl::Setter::<FUSE_DEV_IOC_CLONE, u32>::new(source);
-        rustix::ioctl::ioctl(&fd, call)
-    };
-    done.map_err(DiskError::io("FUSE_DEV_IOC_CLONE"))?;
-    Ok(Arc::new(File::from(fd)))
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -341,9 +326,11 @@ mod tests {
             size_mb: 64,
             bytes_per_s: 65536,
             ops_per_s: 1,
-            uid: 910_000,
+            uid: Some(910_000),
         };
         assert_eq!(parse(text).unwrap(), want);
+        let anybody = parse(text.split(" --uid").next().unwrap()).unwrap();
+        assert_eq!(anybody, Arguments { uid: None, ..want });
         for (from, to, named) in [
             ("--size-mb 64", "", "--size-mb: missing"),
             ("--size-mb 64", "--size-mb 0", "--size-mb: out of bounds"),

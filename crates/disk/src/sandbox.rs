@@ -59,6 +59,8 @@ enum When {
     Always,
     /// Its first argument is one of these descriptors.
     Fd(&'static [i32]),
+    /// Its second argument is `F_GETFD`.
+    GetFd,
     /// Its third argument asks for no executable memory.
     NotExec,
     /// Anonymous memory, not executable.
@@ -81,6 +83,7 @@ const ALLOWED: &[(libc::c_long, When)] = &[
     (libc::SYS_recvfrom, When::Fd(&[CONTROL_FD])),
     (libc::SYS_sendto, When::Fd(&[CONTROL_FD])),
     (libc::SYS_close, When::Always), // The template, when it is copied.
+    (libc::SYS_fcntl, When::GetFd),  // The standard library's check before it, in debug builds.
     // Threads: locks, rate limits and their clock (where the vDSO has none).
     (libc::SYS_futex, When::Always),
     (libc::SYS_clock_nanosleep, When::Always),
@@ -140,6 +143,10 @@ impl When {
                 .iter()
                 .map(|fd| SeccompRule::new(vec![dword(0, SeccompCmpOp::Eq, *fd as u64)?]))
                 .collect(),
+            Self::GetFd => {
+                let get = dword(1, SeccompCmpOp::Eq, libc::F_GETFD as u64)?;
+                Ok(vec![SeccompRule::new(vec![get])?])
+            }
             Self::NotExec => Ok(vec![SeccompRule::new(vec![not_exec()?])?]),
             Self::Anonymous => Ok(vec![SeccompRule::new(vec![not_exec()?, anonymous()?])?]),
         }

@@ -42,7 +42,7 @@ const ZERO_KEEP: u32 = (libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE) 
 /// What all workers share.
 #[derive(Debug)]
 pub struct Serving {
-    owner_uid: u32,
+    owner_uid: Option<u32>,
     limiter: Limiter,
     opened: AtomicBool,
     /// True once the gate is shut.
@@ -50,9 +50,10 @@ pub struct Serving {
 }
 
 impl Serving {
-    /// A file of `owner_uid`, not opened yet, under the given limits.
+    /// A file, not opened yet, under the given limits. It is `owner_uid`'s; without one, it is
+    /// whoever's the mount lets in.
     #[must_use]
-    pub fn new(owner_uid: u32, limiter: Limiter) -> Self {
+    pub fn new(owner_uid: Option<u32>, limiter: Limiter) -> Self {
         Self {
             owner_uid,
             limiter,
@@ -168,7 +169,7 @@ impl<B: Backing> Worker<B> {
         match request.opcode {
             abi::GETATTR => Reply::Short(Answer::attributes(
                 self.object.size_bytes(),
-                self.serving.owner_uid,
+                self.serving.owner_uid.unwrap_or(request.uid),
             )),
             abi::SETATTR => Reply::Errno(libc::EPERM),
             abi::OPEN => self.open(request),
@@ -183,7 +184,11 @@ impl<B: Backing> Worker<B> {
     }
 
     fn open(&self, request: &Request) -> Reply {
-        if request.uid != self.serving.owner_uid {
+        if self
+            .serving
+            .owner_uid
+            .is_some_and(|owner| owner != request.uid)
+        {
             return Reply::Errno(libc::EACCES);
         }
         if self.serving.opened.swap(true, Ordering::SeqCst) {
