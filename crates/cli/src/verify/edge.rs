@@ -154,7 +154,7 @@ impl Capture {
     fn start(w: &World<'_>, slot: u16) -> anyhow::Result<Self> {
         let fabric = crate::supervise::processes::fabric_name(w.probe.paths, w.probe.config);
         let name = format!("casemate-verify-{}.pcap", std::process::id());
-        let file = std::env::temp_dir().join(name);
+        let file = w.probe.paths.state("log").join(name);
         let mut child = Command::new("nsenter")
             .arg(format!("--net=/run/netns/{fabric}"))
             .args([

@@ -20,7 +20,11 @@ fn every_claim_holds_under_a_passphrase() {
 fn a_file_unseal_is_said_openly() {
     let p = Platform::start("[host]\npool_size = 1\n", None);
     for (id, status, evidence) in verify(&p) {
-        let wanted = if id == "KMS-2" || id == "DSK-3" { "not_yet" } else { "pass" };
+        let wanted = if id == "KMS-2" || id == "DSK-3" {
+            "not_yet"
+        } else {
+            "pass"
+        };
         assert_eq!(status, wanted, "{id}: {evidence}");
     }
 }
@@ -34,5 +38,7 @@ fn verify(p: &Platform) -> Vec<(String, String, String)> {
         panic!("verify printed no JSON: {text}");
     };
     let field = |row: &serde_json::Value, name: &str| row[name].as_str().unwrap().to_owned();
-    rows.iter().map(|r| (field(r, "id"), field(r, "status"), field(r, "evidence"))).collect()
+    rows.iter()
+        .map(|r| (field(r, "id"), field(r, "status"), field(r, "evidence")))
+        .collect()
 }

@@ -6,4 +6,6 @@
 mod world;
 
 mod checks;
+mod hostile;
+mod kill;
 mod sdk;

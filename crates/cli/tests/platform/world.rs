@@ -29,11 +29,18 @@ impl Platform {
 
     /// Lays out an installation without starting it.
     pub(crate) fn prepare(extra: &str) -> Self {
-        let dir = tempfile::Builder::new().prefix("cmt-").tempdir_in(scratch()).unwrap();
+        let dir = tempfile::Builder::new()
+            .prefix("cmt-")
+            .tempdir_in(scratch())
+            .unwrap();
         // Root of the installation must be passable for the platform's users.
         let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
         std::fs::set_permissions(dir.path(), open).unwrap();
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let port = TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .port();
         let etc = dir.path().join("etc/casemate");
         std::fs::create_dir_all(&etc).unwrap();
         let config = format!("[edge]\nlisten = [\"127.0.0.1:{port}\"]\n{extra}");
@@ -47,7 +54,10 @@ impl Platform {
             .arg(state.join("artifacts"))
             .status()
             .unwrap();
-        assert!(copied.success(), "link the artifacts; are they built? `cargo xtask image`");
+        assert!(
+            copied.success(),
+            "link the artifacts; are they built? `cargo xtask image`"
+        );
         Self { dir, port }
     }
 
@@ -105,7 +115,11 @@ impl Platform {
             return;
         }
         let mut logs = String::new();
-        for entry in std::fs::read_dir(self.state("log")).into_iter().flatten().flatten() {
+        for entry in std::fs::read_dir(self.state("log"))
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
             let text = std::fs::read_to_string(entry.path()).unwrap_or_default();
             let tail: Vec<&str> = text.lines().rev().take(12).collect();
             logs += &format!("--- {}\n", entry.file_name().to_string_lossy());
@@ -131,6 +145,115 @@ impl Platform {
             id: key["client_id"].as_str().unwrap().into(),
             secret: key["client_secret"].as_str().unwrap().into(),
         }
+    }
+
+    /// A `casemate` of a user with an API key.
+    pub(crate) fn user_command(&self, account: &Account, args: &[&str]) -> Command {
+        let mut c = Command::new(env!("CARGO_BIN_EXE_casemate"));
+        c.arg("--root")
+            .arg(self.root())
+            .args(args)
+            .env("CASEMATE_CONTROL_URL", self.control_url())
+            .env("CASEMATE_GATEWAY_URL", self.gateway_url())
+            .env("CASEMATE_CA", self.ca())
+            .env("CASEMATE_CLIENT_ID", &account.id)
+            .env("CASEMATE_CLIENT_SECRET", &account.secret)
+            .stdin(std::process::Stdio::null())
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::piped());
+        c
+    }
+
+    /// Runs `casemate` as a user with an API key.
+    pub(crate) fn as_user(&self, account: &Account, args: &[&str]) -> Output {
+        self.user_command(account, args).output().unwrap()
+    }
+
+    /// The pid of a process of the platform.
+    pub(crate) fn daemon_pid(&self, name: &str) -> Option<u64> {
+        let file = self.root().join("run/casemate/supervisor/children.json");
+        let children: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(file).ok()?).ok()?;
+        children[name]["pid"].as_u64()
+    }
+
+    /// Warden's slots.
+    pub(crate) fn slots(&self) -> Vec<serde_json::Value> {
+        let socket = self.root().join("run/casemate/warden/warden.sock");
+        let wait = std::time::Duration::from_secs(5);
+        api::rpc::blocking::call::<_, api::warden::Status>(
+            &socket,
+            "test",
+            &api::warden::Op::Status,
+            wait,
+        )
+        .map(|s| {
+            s.slots
+                .iter()
+                .map(|s| serde_json::to_value(s).unwrap())
+                .collect()
+        })
+        .unwrap_or_default()
+    }
+
+    /// Workspaces that are on a slot.
+    pub(crate) fn workspaces_on_host(&self) -> Vec<String> {
+        self.slots()
+            .iter()
+            .filter_map(|s| s["workspace"].as_str().map(str::to_owned))
+            .collect()
+    }
+
+    /// Disk files.
+    pub(crate) fn disk_files(&self) -> Vec<String> {
+        std::fs::read_dir(self.state("warden").join("disks"))
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|e| e.file_name().to_string_lossy().into_owned())
+            .collect()
+    }
+
+    /// Processes, mounts, namespaces and cgroups of this installation that are still there.
+    pub(crate) fn leftovers(&self) -> Vec<String> {
+        let root = self.root().to_string_lossy().into_owned();
+        let mut left = Vec::new();
+        for process in std::fs::read_dir("/proc").unwrap().flatten() {
+            let Ok(pid) = process.file_name().to_string_lossy().parse::<u32>() else {
+                continue;
+            };
+            let read = |f: &str| std::fs::read(process.path().join(f)).unwrap_or_default();
+            let line = String::from_utf8_lossy(&read("cmdline")).replace('\0', " ");
+            let uids = String::from_utf8_lossy(&read("status")).into_owned();
+            let uid: u32 = uids
+                .lines()
+                .find_map(|l| {
+                    l.strip_prefix("Uid:")?
+                        .split_whitespace()
+                        .next()?
+                        .parse()
+                        .ok()
+                })
+                .unwrap_or(0);
+            let confined = (900_000..930_000).contains(&uid);
+            if (line.contains(&root) || confined) && pid != std::process::id() {
+                left.push(format!("process {pid} uid {uid}: {line}"));
+            }
+        }
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        left.extend(
+            mounts
+                .lines()
+                .filter(|l| l.contains(&root))
+                .map(|l| format!("mount {l}")),
+        );
+        let netns = Command::new("ip").args(["netns", "list"]).output().unwrap();
+        let digest = seal::hash::sha256(root.as_bytes());
+        let name = format!("casemate-{}", hex::encode(&digest[..4]));
+        if String::from_utf8_lossy(&netns.stdout).contains(&name) {
+            left.push(format!("netns {name}"));
+        }
+        left
     }
 }
 
