@@ -165,8 +165,8 @@ pub struct Mount {
     pub mount: OwnedFd,
     /// The server's connection.
     pub server: OwnedFd,
-    /// A second connection to the same mount, for a second thread.
-    pub clone: OwnedFd,
+    /// Another, for the server to join to the same mount: a second queue.
+    pub second: OwnedFd,
 }
 
 /// Makes a mount whose file only `uid` (real, effective and saved) may open.
@@ -199,17 +199,11 @@ pub fn mount(uid: u32) -> Result<Mount> {
         | MountAttrFlags::MOUNT_ATTR_NOEXEC;
     let mount = rustix::mount::fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attrs)
         .at("make", "a fuse mount")?;
-    let clone = open().at("open", "/dev/fuse")?;
-    let mut of = server.as_raw_fd().cast_unsigned();
-    const FUSE_DEV_IOC_CLONE: libc::Ioctl = 0x8004_e500;
-    // SAFETY: the ioctl reads one u32, which outlives the call.
-    if unsafe { libc::ioctl(clone.as_raw_fd(), FUSE_DEV_IOC_CLONE, &raw mut of) } != 0 {
-        return Err(std::io::Error::last_os_error()).at("clone", "a fuse connection");
-    }
+    let second = open().at("open", "/dev/fuse")?;
     Ok(Mount {
         mount,
         server,
-        clone,
+        second,
     })
 }
 

@@ -166,11 +166,8 @@ fn launch(sock: &OwnedFd) -> Step {
     for dir in &plan.cgroups {
         write_file(&dir.join("cgroup.procs"), "0").map_err(at("join the control group"))?;
     }
-    write_file(
-        "/proc/self/oom_score_adj".as_ref(),
-        &plan.oom_score_adj.to_string(),
-    )
-    .map_err(at("set oom_score_adj"))?;
+    // Below its own needs CAP_SYS_RESOURCE, which a container may lack (`Status::weakened`).
+    let _ = write_file("/proc/self/oom_score_adj".as_ref(), &plan.oom_score_adj.to_string());
     // The old /proc stays reachable by this descriptor after the root is gone.
     let proc = rustix::fs::open("/proc", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
         .map_err(at("open /proc"))?;
@@ -272,6 +269,8 @@ fn child(
         (Resource::Memlock, plan.memlock_bytes),
         (Resource::Nofile, NOFILE_MAX),
     ] {
+        // A limit that is lower already stays.
+        let max = rustix::process::getrlimit(what).maximum.map_or(max, |now| now.min(max));
         let limit = Rlimit {
             current: Some(max),
             maximum: Some(max),

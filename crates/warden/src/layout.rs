@@ -17,6 +17,7 @@ use std::sync::{Mutex, PoisonError};
 pub struct Layout {
     run: PathBuf,
     lib: PathBuf,
+    etc: PathBuf,
 }
 
 impl Layout {
@@ -31,6 +32,7 @@ impl Layout {
         Self {
             run: root.join("run/casemate"),
             lib: root.join("var/lib/casemate"),
+            etc: root.join("etc/casemate"),
         }
     }
 
@@ -44,6 +46,12 @@ impl Layout {
     #[must_use]
     pub fn run(&self) -> &Path {
         &self.run
+    }
+
+    /// `/etc/casemate/casemate.toml`.
+    #[must_use]
+    pub fn config(&self) -> PathBuf {
+        self.etc.join("casemate.toml")
     }
 
     /// `/run/casemate/warden`: the socket, `drain`, and the empty directory for building roots.

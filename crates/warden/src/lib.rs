@@ -32,7 +32,7 @@ pub mod watch;
 pub use attest::Machine;
 pub use fault::Result;
 pub use layout::Layout;
-pub use net::{Network, network_parse};
+pub use net::{Network, network_of};
 pub use slots::{Config, Warden};
 pub use vm::Vmm;
 

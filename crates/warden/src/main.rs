@@ -12,15 +12,13 @@ fn main() -> anyhow::Result<()> {
     if args.peek().is_some_and(|a| a == "jail") {
         std::process::exit(warden::jail::launcher_main());
     }
-    let (mut root, mut network, mut act) =
-        (PathBuf::new(), "10.117.0.0".to_owned(), "run".to_owned());
+    let (mut root, mut act) = (PathBuf::new(), "run".to_owned());
     while let Some(arg) = args.next() {
         let mut value = || args.next().with_context(|| format!("{arg} needs a value"));
         match arg.as_str() {
             "--root" => root = value()?.into(),
-            "--network" => network = value()?,
             "init" | "run" => act = arg,
-            _ => bail!("usage: casemate-warden [--root DIR] [--network A.B.0.0] [run|init]"),
+            _ => bail!("usage: casemate-warden [--root DIR] [run|init]"),
         }
     }
     let layout = Layout::new(&root);
@@ -28,7 +26,8 @@ fn main() -> anyhow::Result<()> {
         println!("{}", warden::Machine::init(&layout)?.trust());
         return Ok(());
     }
-    run(layout, warden::network_parse(&network)?)
+    let network = warden::network_of(&layout)?;
+    run(layout, network)
 }
 
 fn run(layout: Layout, network: Network) -> anyhow::Result<()> {

@@ -104,15 +104,9 @@ impl Nft {
                 "get element inet casemate {set} {{ \"{}\" }}",
                 tap_name(slot)
             );
-            let json = self.lib.run(&command).at("count drops of slot", slot)?;
-            let json: serde_json::Value =
-                serde_json::from_str(&json).at("count drops of slot", slot)?;
-            let set = json["nftables"]
-                .as_array()
-                .and_then(|a| a.iter().find(|o| !o["set"].is_null()));
-            Ok(set
-                .and_then(|s| s["set"]["elem"][0]["elem"]["counter"]["packets"].as_u64())
-                .unwrap_or(0))
+            let text = self.lib.run(&command).at("count drops of slot", slot)?;
+            let number = text.split_once("counter packets ").and_then(|(_, n)| n.split(' ').next()?.parse().ok());
+            Ok(number.unwrap_or(0))
         };
         Ok((one("drop_in")?, one("drop_out")?))
     }
@@ -242,8 +236,6 @@ impl Lib {
                 std::mem::transmute(symbol(c"nft_ctx_new")?);
             let buffer_output: Set = std::mem::transmute(symbol(c"nft_ctx_buffer_output")?);
             let buffer_error: Set = std::mem::transmute(symbol(c"nft_ctx_buffer_error")?);
-            let flags: unsafe extern "C" fn(Ctx, u32) =
-                std::mem::transmute(symbol(c"nft_ctx_output_set_flags")?);
             let run: unsafe extern "C" fn(Ctx, *const c_char) -> c_int =
                 std::mem::transmute(symbol(c"nft_run_cmd_from_buffer")?);
             let output: Get = std::mem::transmute(symbol(c"nft_ctx_get_output_buffer")?);
@@ -252,7 +244,6 @@ impl Lib {
             if ctx.is_null() || buffer_output(ctx) != 0 || buffer_error(ctx) != 0 {
                 return Err(Error::internal("it gives no context"));
             }
-            flags(ctx, 1 << 4); // NFT_CTX_OUTPUT_JSON
             Ok(Self {
                 ctx,
                 run,

@@ -152,8 +152,8 @@ pub fn vmm(
     }
     jail.bind(parts.image, "/image/base.erofs");
     if let Some((kernel, initramfs)) = parts.boot {
-        jail.bind(kernel, "/kernel");
-        jail.bind(initramfs, "/initramfs");
+        jail.bind(kernel, &format!("/{}", crate::vm::KERNEL));
+        jail.bind(initramfs, &format!("/{}", crate::vm::INITRAMFS));
     }
     match parts.memory {
         Some((memory, false)) => jail.bind(memory, "/template/memory"),

@@ -260,7 +260,7 @@ impl Warden {
         };
         let boot = match record.how {
             Start::Template => None,
-            Start::Cold | Start::Build => Some((artifact("kernel")?, artifact("initramfs")?)),
+            Start::Cold | Start::Build => Some((artifact(vm::KERNEL)?, artifact(vm::INITRAMFS)?)),
         };
         let vmctl_exe = plans::executable(&self.config.programs, "casemate-vmctl")?;
         self.step(&mut record, Step::Begin)?;
@@ -412,8 +412,10 @@ impl Warden {
             ask.bytes_per_s.to_string(),
             "--ops-per-s".into(),
             ask.ops_per_s.to_string(),
+            "--uid".into(),
+            (VMM_UID + u32::from(slot)).to_string(),
         ];
-        let pass = vec![theirs, backing.file, mount.server, ext4, mount.clone];
+        let pass = vec![theirs, backing.file, mount.server, ext4, mount.second];
         let jail = plans::disk(layout, slot, exe, argv, pass, self.cgroups.dirs(&group))?;
         let waiting = process::spawn(&self.config.launcher, "the disk", &jail.plan, &jail.fds())?;
         // From here on the process alone holds the connection: its death ends the mount.
@@ -814,8 +816,8 @@ impl Warden {
         };
         Ok(Parts {
             vmm: digest(&format!("closure{}", vm::PROGRAM))?,
-            kernel: digest("kernel")?,
-            initramfs: digest("initramfs")?,
+            kernel: digest(vm::KERNEL)?,
+            initramfs: digest(vm::INITRAMFS)?,
             image: image.into(),
             memory_mb,
             cpus,

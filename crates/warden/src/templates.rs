@@ -61,7 +61,7 @@ struct Measured {
 pub struct Files {
     /// Guest RAM.
     pub memory: OwnedFd,
-    /// Device state.
+    /// Device state: to read, or, of a build, to write (the VMM wants it so).
     pub state: OwnedFd,
 }
 
@@ -94,8 +94,8 @@ impl Templates {
         let dir = self.builds.join(slot.to_string());
         remove(&dir)?;
         crate::layout::make_dir(&dir, 0o700)?;
-        let make = |name: &str, bytes: u64| -> Result<OwnedFd> {
-            let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL;
+        let make = |name: &str, access: OFlags, bytes: u64| -> Result<OwnedFd> {
+            let flags = access | OFlags::CREATE | OFlags::EXCL;
             let fd = open_beneath(&dir, name, flags, 0o600).at("make", name)?;
             rustix::fs::ftruncate(&fd, bytes).at("size", name)?;
             rustix::fs::fchown(&fd, Some(Uid::from_raw(uid)), Some(Gid::from_raw(uid)))
@@ -103,8 +103,8 @@ impl Templates {
             Ok(fd)
         };
         Ok(Files {
-            memory: make("memory", u64::from(memory_mb) << 20)?,
-            state: make("state", 0)?,
+            memory: make("memory", OFlags::RDWR, u64::from(memory_mb) << 20)?,
+            state: make("state", OFlags::WRONLY, 0)?,
         })
     }
 

@@ -8,13 +8,20 @@ use crate::limits::VMCTL_WAIT;
 use crate::templates::Files;
 use api::Error;
 use api::vmctl::WardenOp;
+use api::warden::Start;
 use rustix::fd::{AsFd as _, OwnedFd};
 use rustix::fs::Mode;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use vmm::qemu::{Accel, How, Paths, Spec};
 use std::os::unix::net::{UnixListener, UnixStream};
 
 /// The VMM inside the closure.
 pub const PROGRAM: &str = "/usr/bin/qemu-system-x86_64";
+
+/// The guest's kernel, among the artifacts and in the jail.
+pub const KERNEL: &str = "kernel/vmlinux";
+/// Its first file system.
+pub const INITRAMFS: &str = "kernel/initramfs.cpio";
 
 /// The driver.
 pub struct Vmm {
@@ -48,7 +55,7 @@ const TRANSLATOR_MB: u64 = 128;
 pub struct Ends {
     /// The VMM's: QMP, agent channel, tap, template state.
     pub vmm: Vec<OwnedFd>,
-    /// vmctl's: QMP, agent channel, host's listener, warden's listener, template state.
+    /// vmctl's: QMP, agent channel, host's listener, warden's listener.
     pub vmctl: Vec<OwnedFd>,
 }
 
@@ -79,9 +86,7 @@ impl Ends {
             ],
         };
         if let Some(files) = files {
-            let copy = || files.state.try_clone().at("copy", "a template's state");
-            ends.vmm.push(copy()?);
-            ends.vmctl.push(copy()?);
+            ends.vmm.push(files.state.try_clone().at("copy", "a template's state")?);
         }
         Ok(ends)
     }
@@ -105,15 +110,27 @@ pub struct Launch {
 
 /// Says how both programs are started.
 #[must_use]
-pub fn launch(_vmm: &Vmm, record: &Record, host_uid: u32) -> Launch {
-    Launch {
-        vmm_argv: vec!["qemu-system-x86_64".into()],
-        vmctl_argv: vec![
-            "casemate-vmctl".into(),
-            record.slot.to_string(),
-            host_uid.to_string(),
-        ],
-    }
+pub fn launch(vmm: &Vmm, record: &Record, host_uid: u32) -> Launch {
+    let (how, word) = match record.how {
+        Start::Template => (How::Template, "template"),
+        Start::Cold => (How::Cold, "cold"),
+        Start::Build => (How::Build, "build"),
+    };
+    let spec = Spec {
+        how,
+        memory_mib: record.memory_mb,
+        cpus: record.cpus,
+        accel: if vmm.kvm { Accel::Kvm } else { Accel::Tcg },
+        net: vmm::qemu::Net::Tap,
+        paths: Paths::jail(),
+    };
+    // All of it is ASCII: constants of the driver and numbers.
+    let vmm_argv = std::iter::once("qemu-system-x86_64".into())
+        .chain(vmm::qemu::argv(&spec).into_iter().map(|a| a.to_string_lossy().into_owned()))
+        .collect();
+    let (slot, uid) = (record.slot.to_string(), host_uid.to_string());
+    let vmctl_argv = ["casemate-vmctl", "--slot", &slot, "--how", word, "--host-uid", &uid];
+    Launch { vmm_argv, vmctl_argv: vmctl_argv.map(String::from).into() }
 }
 
 /// Gives vmctl the disk's file.

@@ -1,0 +1,237 @@
+//! A world of its own for each test: directories, a network namespace, doubles for the programs
+//! that warden starts, and a count of what is left at the end.
+#![allow(clippy::unwrap_used, dead_code, unreachable_pub, unsafe_code, missing_docs)]
+
+use api::warden::{Op, Open, Source, Start, Status};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use warden::journal::Step;
+use warden::{Config, Layout, Machine, Network, Vmm, Warden};
+
+pub const LAUNCHER: &str = env!("CARGO_BIN_EXE_casemate-warden");
+pub const EDGE_UID: u32 = 64_001;
+pub const HOST_UID: u32 = 64_002;
+pub const WORKSPACE: &str = "ws_00000000000000aa";
+pub const START: &str = "st_00000000000000bb";
+/// Longest wait for anything here.
+pub const SOON: Duration = Duration::from_secs(20);
+
+pub struct World {
+    pub dir: PathBuf,
+    pub layout: Layout,
+    pub image: String,
+    owner: bool,
+}
+
+impl World {
+    /// A fresh installation in a temporary directory.
+    pub fn new() -> Self {
+        let dir = tempfile::Builder::new().prefix("cmt-").tempdir().unwrap().keep();
+        std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let layout = Layout::new(&dir);
+        let artifacts = layout.artifacts();
+        let closure = artifacts.join("closure");
+        for d in ["usr/bin", "usr/lib/x86_64-linux-gnu", "usr/lib64", "usr/share/qemu"] {
+            std::fs::create_dir_all(closure.join(d)).unwrap();
+        }
+        let double = Path::new(LAUNCHER).parent().unwrap().join("examples/double");
+        std::fs::copy(&double, closure.join("usr/bin/qemu-system-x86_64")).unwrap();
+        for lib in ["libc.so.6", "libgcc_s.so.1", "libm.so.6"] {
+            let lib = Path::new("usr/lib/x86_64-linux-gnu").join(lib);
+            std::fs::copy(Path::new("/").join(&lib), closure.join(&lib)).unwrap();
+        }
+        let ld = "lib64/ld-linux-x86-64.so.2";
+        std::fs::copy(Path::new("/").join(ld), closure.join("usr").join(ld)).unwrap();
+        symlink("usr/lib", closure.join("lib")).unwrap();
+        symlink("usr/lib64", closure.join("lib64")).unwrap();
+        std::fs::create_dir_all(artifacts.join("kernel")).unwrap();
+        std::fs::write(artifacts.join("kernel/vmlinux"), "a kernel").unwrap();
+        std::fs::write(artifacts.join("kernel/initramfs.cpio"), "an initramfs").unwrap();
+        std::fs::create_dir_all(artifacts.join("images")).unwrap();
+        let image: String =
+            seal::hash::sha256(b"an image").iter().map(|b| format!("{b:02x}")).collect();
+        std::fs::write(artifacts.join(format!("images/{image}.erofs")), "an image").unwrap();
+        let programs = dir.join("programs");
+        std::fs::create_dir(&programs).unwrap();
+        for name in ["casemate-vmctl", "casemate-disk"] {
+            std::fs::copy(&double, programs.join(name)).unwrap();
+        }
+        layout.create().unwrap();
+        Machine::init(&layout).unwrap();
+        Self { dir, layout, image, owner: true }
+    }
+
+    /// The same installation, seen from a process that a test started.
+    pub fn at(dir: &Path) -> Self {
+        let image = seal::hash::sha256(b"an image").iter().map(|b| format!("{b:02x}")).collect();
+        Self { dir: dir.into(), layout: Layout::new(dir), image, owner: false }
+    }
+
+    pub fn open(&self, fail_at: Option<Step>) -> Arc<Warden> {
+        Warden::open(Config {
+            layout: self.layout.clone(),
+            network: network(),
+            edge_uid: EDGE_UID,
+            host_uid: HOST_UID,
+            launcher: LAUNCHER.into(),
+            programs: self.dir.join("programs"),
+            vmm: Vmm { kvm: false, accel_why: "a double".into() },
+            fail_at,
+        })
+        .unwrap_or_else(|e| panic!("{e:?}"))
+    }
+
+    pub fn vm_open(&self, slot: u16, how: Start) -> Op {
+        Op::VmOpen { slot, how, image: self.image.clone(), memory_mb: 128, cpus: 1 }
+    }
+
+    /// The VMM's double on the slot.
+    pub fn probe(&self, slot: u16) -> Probe {
+        let stream = UnixStream::connect(self.layout.vmctl().join(format!("{slot}.sock"))).unwrap();
+        stream.set_read_timeout(Some(SOON)).unwrap();
+        Probe { lines: BufReader::new(stream) }
+    }
+
+    /// All that an installation without slots must not have.
+    pub fn left(&self) -> Vec<String> {
+        let mut left = Vec::new();
+        let state = self.layout.state();
+        for dir in [state.join("slots"), state.join("build"), self.layout.vmctl()] {
+            for e in std::fs::read_dir(dir).unwrap() {
+                left.push(e.unwrap().path().display().to_string());
+            }
+        }
+        for e in std::fs::read_dir(state.join("disks")).unwrap() {
+            let path = e.unwrap().path();
+            if path.extension().is_some_and(|x| x == "new") {
+                left.push(path.display().to_string());
+            }
+        }
+        for top in ["", "memory", "cpu", "cpuacct", "pids"] {
+            let top = Path::new("/sys/fs/cgroup").join(top);
+            let ours = top.join(format!("casemate-{}", self.layout.instance()));
+            for e in std::fs::read_dir(ours).into_iter().flatten() {
+                let path = e.unwrap().path();
+                if path.is_dir() {
+                    left.push(path.display().to_string());
+                }
+            }
+        }
+        for line in std::fs::read_to_string("/proc/thread-self/net/dev").unwrap().lines() {
+            if line.trim_start().starts_with("cm") {
+                left.push(line.into());
+            }
+        }
+        let root = self.dir.to_str().unwrap().to_owned();
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        left.extend(mounts.lines().filter(|l| l.contains(&root)).map(String::from));
+        left.extend(nft_elements());
+        left
+    }
+
+    /// Nothing is left, now or soon: a tap goes when the kernel has closed its last descriptor.
+    pub fn assert_clean(&self) {
+        let end = Instant::now() + SOON;
+        while !self.left().is_empty() && Instant::now() < end {
+            std::thread::yield_now();
+        }
+        assert_eq!(self.left(), Vec::<String>::new());
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        if !self.owner {
+            return;
+        }
+        // Whatever a failed test left: by the installation's own groups.
+        if let Ok(groups) = warden::cgroup::Cgroups::open(&self.layout.instance()) {
+            for name in groups.list() {
+                let _ = groups.remove(&name);
+            }
+            groups.forget();
+        }
+        let _ = std::fs::remove_dir_all(&self.dir);
+    }
+}
+
+pub struct Probe {
+    lines: BufReader<UnixStream>,
+}
+
+impl Probe {
+    /// One command, one answer; `None` when the double died of it.
+    pub fn try_ask(&mut self, line: &str) -> Option<String> {
+        writeln!(self.lines.get_mut(), "{line}").ok()?;
+        let mut answer = String::new();
+        match self.lines.read_line(&mut answer) {
+            Ok(1..) => Some(answer.trim_end().to_owned()),
+            _ => None,
+        }
+    }
+
+    pub fn ask(&mut self, line: &str) -> String {
+        self.try_ask(line).unwrap_or_else(|| panic!("the VMM died of {line:?}"))
+    }
+}
+
+pub fn network() -> Network {
+    Network::new([10, 117, 0, 0].into())
+}
+
+pub fn status(w: &Arc<Warden>) -> Status {
+    serde_json::from_value(w.answer(Op::Status).unwrap()).unwrap()
+}
+
+/// Waits for what the watcher or a process brings about.
+pub fn until(what: &str, mut f: impl FnMut() -> bool) {
+    let end = Instant::now() + SOON;
+    while !f() {
+        assert!(Instant::now() < end, "never: {what}");
+        std::thread::yield_now();
+    }
+}
+
+pub fn disk_open(slot: u16) -> Op {
+    Op::DiskOpen {
+        slot,
+        workspace: WORKSPACE.parse().unwrap(),
+        start_id: START.parse().unwrap(),
+        purpose: model::Purpose::Disk,
+        nonce: "0c".repeat(32),
+        disk_mb: 64,
+        bytes_per_s: 1 << 30,
+        ops_per_s: 100_000,
+    }
+}
+
+pub fn disk_grant(slot: u16) -> Op {
+    Op::DiskGrant { slot, sealed: "c2VhbGVk".into(), aad: "0d".repeat(32) }
+}
+
+pub fn edge(port: u16) -> Open {
+    Open { source: Source::Edge, port }
+}
+
+/// Runs `f` in a thread with a network namespace of its own; what it spawns is in it too.
+pub fn in_netns<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static) -> T {
+    let run = move || {
+        // SAFETY: unshares the network namespace of this thread alone.
+        assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNET) }, 0, "needs root");
+        f()
+    };
+    match std::thread::spawn(run).join() {
+        Ok(v) => v,
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
+}
+
+fn nft_elements() -> Vec<String> {
+    let out = std::process::Command::new("nft").args(["list", "ruleset"]).output().unwrap();
+    let text = String::from_utf8(out.stdout).unwrap();
+    text.lines().filter(|l| l.contains("\"cm")).map(|l| format!("nft: {}", l.trim())).collect()
+}
