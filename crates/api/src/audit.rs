@@ -205,8 +205,11 @@ pub struct LogHead {
 /// Answer to [`ReadOp::Entries`].
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ReadEntries {
-    /// The entries, in order; fewer than asked for at the end of the log.
+    /// The entries, in order; fewer than asked for at the end of the log, or when the answer is full.
     pub entries: Vec<ReadEntry>,
+    /// Why some could not be opened, if so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sealed: Option<String>,
 }
 
 /// One entry that was read.
@@ -218,4 +221,7 @@ pub struct ReadEntry {
     pub time_ms: u64,
     /// What it says; nothing when its key is destroyed or the KMS is sealed.
     pub stamped: Option<Stamped>,
+    /// The leaf as the log holds it, base64, when it could not be opened.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub leaf: Option<String>,
 }

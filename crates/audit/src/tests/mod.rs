@@ -1,0 +1,4 @@
+//! What the processes do together.
+#![allow(clippy::unwrap_used)]
+
+mod world;
