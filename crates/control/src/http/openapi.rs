@@ -1,0 +1,264 @@
+//! The OpenAPI description, made from the operation table; `api/openapi.json` is a copy of it
+//! that a test keeps equal.
+
+use super::operations::{Kind, OPERATIONS, Operation};
+use crate::limits::PAGE;
+use model::limits::{CPUS, DISK_MB, INGRESS_PORTS_MAX, MEMORY_MB, NAME_MAX_CHARS, SLUG_CHARS};
+use serde_json::{Map, Value, json};
+
+/// The key that says that a body is this document, and has no `success`.
+pub const MARK: &str = "openapi";
+
+/// The document.
+#[must_use]
+pub fn document() -> Value {
+    let mut paths: Map<String, Value> = Map::new();
+    for o in OPERATIONS {
+        let path = paths.entry(o.path).or_insert_with(|| json!({}));
+        path[o.method.to_lowercase()] = operation(o);
+    }
+    json!({
+        MARK: "3.1.0",
+        "info": {
+            "title": "Casemate control API",
+            "version": env!("CARGO_PKG_VERSION"),
+            "description": "Isolated workspaces for untrusted code. Paths of the contract that are not listed here answer 501 not_supported.",
+            "license": { "name": "Apache-2.0", "identifier": "Apache-2.0" },
+        },
+        "security": [{ "clientId": [], "clientSecret": [] }],
+        "paths": paths,
+        "components": {
+            "securitySchemes": {
+                "clientId": { "type": "apiKey", "in": "header", "name": "X-Client-ID" },
+                "clientSecret": { "type": "apiKey", "in": "header", "name": "X-Client-Secret" },
+            },
+            "schemas": schemas(),
+        },
+    })
+}
+
+fn operation(o: &Operation) -> Value {
+    let mut described = json!({
+        "operationId": o.id,
+        "summary": o.summary,
+        "responses": {
+            (if o.id == "workspace_create" { "201" } else { "200" }): {
+                "description": "Done",
+                "content": { "application/json": { "schema": answer(o) } },
+            },
+        },
+    });
+    if o.kind == Kind::Public {
+        described["security"] = json!([]);
+    } else {
+        described["responses"]["default"] = json!({
+            "description": "Refused or failed",
+            "content": { "application/json": { "schema": reference("Error") } },
+        });
+    }
+    let mut parameters: Vec<Value> = o
+        .path
+        .split('/')
+        .filter_map(|s| s.strip_prefix('{')?.strip_suffix('}'))
+        .map(|name| {
+            json!({
+                "name": name, "in": "path", "required": true, "schema": { "type": "string" },
+                "description": "Id or slug of the workspace",
+            })
+        })
+        .collect();
+    parameters.extend(query(o));
+    if !parameters.is_empty() {
+        described["parameters"] = parameters.into();
+    }
+    if let Some(body) = o.body {
+        described["requestBody"] = json!({
+            "content": { "application/json": { "schema": reference(body) } },
+        });
+    }
+    described
+}
+
+fn query(o: &Operation) -> Vec<Value> {
+    let text = |name: &str| json!({ "name": name, "in": "query", "schema": { "type": "string" } });
+    match o.id {
+        "workspace_list" => vec![
+            json!({ "name": "page", "in": "query", "schema": { "type": "integer", "minimum": 1, "default": 1 } }),
+            json!({ "name": "limit", "in": "query", "schema": {
+                "type": "integer", "minimum": 1, "maximum": PAGE.1, "default": PAGE.0,
+            } }),
+            text("status"),
+            text("mode"),
+        ],
+        "image_list" => vec![text("search"), text("category")],
+        _ => Vec::new(),
+    }
+}
+
+fn answer(o: &Operation) -> Value {
+    let with = |name: &str, schema: Value| {
+        json!({
+            "type": "object",
+            "required": ["success", name],
+            "properties": { "success": { "const": true }, name: schema },
+        })
+    };
+    match o.id {
+        "workspace_create" | "workspace_get" | "workspace_update" | "provisioning_retry" => {
+            with("workspace", reference("Workspace"))
+        }
+        "workspace_list" => with(
+            "workspaces",
+            json!({ "type": "array", "items": reference("Workspace") }),
+        ),
+        "network_get" | "network_update" => reference("Network"),
+        "workspace_delete" | "lifecycle_delete" => json!({
+            "type": "object",
+            "required": ["success"],
+            "properties": {
+                "success": { "const": true },
+                "erasure_receipt": { "type": ["string", "null"], "description": "Signed by the KMS: the key is destroyed" },
+                "accepted": { "const": true, "description": "A part of the platform is away; the deletion goes on by itself" },
+            },
+        }),
+        id if id.starts_with("runtime_access") && id.contains("token") => {
+            with("token", json!({ "type": "string" }))
+        }
+        _ => reference("Success"),
+    }
+}
+
+fn reference(name: &str) -> Value {
+    json!({ "$ref": format!("#/components/schemas/{name}") })
+}
+
+fn schemas() -> Value {
+    let duration = json!({
+        "description": "Seconds, or as \"30s\", \"5m\", \"1h\", \"7d\"",
+        "oneOf": [{ "type": "integer", "minimum": 1 }, { "type": "string" }],
+    });
+    let size = |r: &std::ops::RangeInclusive<u32>| json!({ "type": "integer", "minimum": r.start(), "maximum": r.end() });
+    let ports = json!({
+        "type": "array", "maxItems": INGRESS_PORTS_MAX,
+        "items": { "type": "integer", "minimum": 1, "maximum": 65_535 },
+    });
+    let slug = json!({
+        "type": ["string", "null"], "pattern": "^[a-z0-9-]+$",
+        "minLength": SLUG_CHARS.start(), "maxLength": SLUG_CHARS.end(),
+    });
+    let name = json!({ "type": "string", "maxLength": NAME_MAX_CHARS });
+    let policy = json!({ "enum": ["no", "always", "on-failure"] });
+    let action = json!({ "enum": ["stop", "pause", "remove"] });
+    json!({
+        "Success": { "type": "object", "required": ["success"], "properties": { "success": { "const": true } } },
+        "Error": {
+            "type": "object",
+            "required": ["success", "error", "code", "message", "requestId"],
+            "properties": {
+                "success": { "const": false },
+                "error": { "type": "string" },
+                "code": { "enum": api::ErrorCode::ALL.iter().map(|c| c.as_str()).collect::<Vec<_>>() },
+                "message": { "type": "string" },
+                "requestId": { "type": "string" },
+            },
+        },
+        "WorkspaceCreate": {
+            "type": "object",
+            "properties": {
+                "name": name, "slug": slug, "image": { "type": "string" },
+                "mode": { "enum": ["permanent", "temporary"], "default": "permanent" },
+                "wait_ready": { "type": "boolean", "default": true },
+                "idempotency_key": { "type": "string" },
+                "config": {
+                    "type": "object",
+                    "properties": {
+                        "cpus": size(&CPUS), "memory_mb": size(&MEMORY_MB), "disk_size_mb": size(&DISK_MB),
+                        "env": { "type": "array", "items": { "oneOf": [
+                            { "type": "string" },
+                            { "type": "object", "properties": { "key": { "type": "string" }, "value": { "type": "string" } } },
+                        ] } },
+                        "cmd": { "oneOf": [{ "type": "string" }, { "type": "array", "items": { "type": "string" } }] },
+                        "ttl": duration, "ttl_action": action, "remove_on_exit": { "type": "boolean" },
+                        "restart_policy": policy, "max_restarts": { "type": "integer", "minimum": 0 },
+                        "network_config": {
+                            "type": "object",
+                            "properties": {
+                                "allow_internet": { "const": false },
+                                "public_ingress": { "type": "boolean" },
+                                "ingress_ports": ports,
+                            },
+                        },
+                    },
+                },
+            },
+        },
+        "WorkspaceUpdate": {
+            "type": "object",
+            "properties": { "name": name, "slug": slug, "logo": { "type": ["string", "null"] } },
+        },
+        "NetworkPatch": {
+            "type": "object",
+            "properties": {
+                "public_access": { "type": "boolean" },
+                "allow_internet": { "const": false },
+                "ingress_ports": ports,
+            },
+        },
+        "Permanent": { "type": "object", "properties": { "restart_policy": policy } },
+        "Ttl": {
+            "type": "object",
+            "properties": { "ttl": duration, "ttl_action": action, "remove_on_exit": { "type": "boolean" } },
+        },
+        "Ping": { "type": "object", "properties": { "ttl_seconds": duration } },
+        "Network": {
+            "type": "object",
+            "required": ["success", "public_access", "allow_internet", "ingress", "ingress_ports"],
+            "properties": {
+                "success": { "const": true },
+                "ip": { "type": ["string", "null"] },
+                "public_access": { "type": "boolean" },
+                "allow_internet": { "const": false },
+                "ingress": { "type": "array", "items": { "type": "string" } },
+                "ingress_ports": ports,
+            },
+        },
+        "Workspace": {
+            "type": "object",
+            "required": ["id", "name", "mode", "image", "status", "ready", "info", "provisioning", "lifecycle", "resources", "created_at", "updated_at"],
+            "properties": {
+                "id": { "type": "string" }, "slug": slug, "name": { "type": "string" },
+                "mode": { "enum": ["permanent", "temporary"] }, "image": { "type": "string" },
+                "status": { "enum": ["running", "stopped", "paused", "creating", "starting", "stopping"] },
+                "ready": { "type": "boolean" },
+                "info": { "type": "object" }, "provisioning": { "type": ["object", "null"] },
+                "lifecycle": { "type": "object" }, "resources": { "type": "object" },
+                "ip": { "type": ["string", "null"] },
+                "created_at": { "type": "string", "format": "date-time" },
+                "updated_at": { "type": "string", "format": "date-time" },
+            },
+        },
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    /// `UPDATE_EXPECT=1 cargo test -p casemate-control` writes the file.
+    #[test]
+    fn the_committed_description_is_the_served_one() {
+        let text = format!("{}\n", serde_json::to_string_pretty(&document()).unwrap());
+        expect_test::expect_file!["../../../../api/openapi.json"].assert_eq(&text);
+    }
+
+    #[test]
+    fn references_lead_somewhere() {
+        let d = document();
+        let text = d.to_string();
+        for part in text.split("#/components/schemas/").skip(1) {
+            let name = part.split('"').next().unwrap();
+            assert!(d["components"]["schemas"].get(name).is_some(), "{name}");
+        }
+    }
+}

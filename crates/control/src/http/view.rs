@@ -1,0 +1,230 @@
+//! Workspaces as the contract shows them.
+
+use crate::app::start_error;
+use crate::app::workspace::Seen;
+use crate::store::{Stage, Workspace};
+use api::ErrorCode;
+use api::host::{Actual, ActualState};
+use model::{Mode, Power, RestartPolicy, TtlAction};
+use serde_json::{Value, json};
+
+/// The contract's workspace object.
+#[must_use]
+pub fn workspace((w, actual): &Seen) -> Value {
+    let d = &w.doc;
+    let running = is_running(w, actual.as_ref());
+    let status = status(w, actual.as_ref());
+    let r = &d.resources;
+    json!({
+        "id": w.id,
+        "slug": w.slug,
+        "name": d.name,
+        "logo": d.logo,
+        "namespace": null,
+        "mode": mode(d.mode),
+        "image": d.image,
+        "status": status,
+        "ready": running,
+        "info": {
+            "status": status,
+            "is_running": running,
+            "user_requested_stop": d.power == Power::Stopped && d.last_error.is_none(),
+        },
+        "provisioning": provisioning(w, actual.as_ref()),
+        "lifecycle": {
+            "ttl": d.ttl_s,
+            "ttl_action": ttl_action(d.ttl_action),
+            "remove_on_exit": d.remove_on_exit,
+            "restart_policy": restart_policy(d.restart_policy),
+            "ttl_expires_at": d.ttl_expires_ms.map(time),
+        },
+        "resources": {
+            "cpus": r.cpus,
+            "memory_mb": r.memory_mb,
+            "disk_size_mb": r.disk_size_mb,
+        },
+        "ip": actual.as_ref().and_then(|a| a.ip.clone()),
+        "started_from": actual.as_ref().and_then(|a| a.started_from.clone()),
+        "created_at": time(w.created_ms),
+        "updated_at": time(d.updated_ms),
+    })
+}
+
+/// One of `running stopped paused creating starting stopping`.
+#[must_use]
+pub fn status(w: &Workspace, actual: Option<&Actual>) -> &'static str {
+    match (w.doc.stage, actual.map(|a| a.state)) {
+        (Stage::Deleting, _) => "stopping",
+        (Stage::Creating, _) => "creating",
+        (_, Some(ActualState::Running)) => "running",
+        (_, Some(ActualState::Paused)) => "paused",
+        (_, Some(ActualState::Stopping)) => "stopping",
+        (_, Some(ActualState::Starting)) => "starting",
+        (_, Some(ActualState::Crashed | ActualState::Failed)) if restarts(w) => "starting",
+        (_, None) if w.doc.power == Power::Running && w.doc.completed_ms.is_none() => "starting",
+        _ => "stopped",
+    }
+}
+
+/// The contract's lifecycle object.
+#[must_use]
+pub fn lifecycle((w, actual): &Seen, now_ms: u64) -> Value {
+    let d = &w.doc;
+    let expires = d.ttl_expires_ms.map(time);
+    let since = actual.as_ref().and_then(|a| a.since_ms);
+    json!({
+        "idle": null,
+        "snapshot_supported": false,
+        "snapshot_unavailable_reason": "this version makes no snapshots",
+        "mode": mode(d.mode),
+        "status": status(w, actual.as_ref()),
+        "restart_policy": restart_policy(d.restart_policy),
+        "max_restarts": d.max_restarts,
+        "restart_info": { "restarts": d.restarts, "last_error": d.last_error.as_ref().map(|e| e.code.as_str()) },
+        "ttl": d.ttl_s,
+        "ttl_action": ttl_action(d.ttl_action),
+        "remove_on_exit": d.remove_on_exit,
+        "uptime": since.map_or(0, |t| now_ms.saturating_sub(t) / 1_000),
+        "expires_at": expires,
+        "ttl_expires_at": expires,
+        "pause_supported": true,
+        "created_at": time(w.created_ms),
+    })
+}
+
+/// The contract's flat network object.
+#[must_use]
+pub fn network((w, actual): &Seen) -> Value {
+    let ip = actual.as_ref().and_then(|a| a.ip.clone());
+    let ingress: &[&str] = if w.doc.public_access { &["host"] } else { &[] };
+    json!({
+        "ip": ip,
+        "gateway": null,
+        "public_access": w.doc.public_access,
+        "allow_internet": false,
+        "ingress": ingress,
+        "ingress_ports": w.doc.ingress_ports,
+        "egress": [],
+        "egress_ports": [],
+        "outbound_ip": null,
+        "outbound_mode": "managed",
+        "outbound_proxy": null,
+        "private_links": [],
+    })
+}
+
+/// The contract's VM config; names of environment variables, not their values.
+#[must_use]
+pub fn config(w: &Workspace) -> Value {
+    let d = &w.doc;
+    let guest = serde_json::from_str::<api::agent::GuestConfig>(&d.config).ok();
+    let names = guest.iter().flat_map(|g| &g.env);
+    let names: Vec<_> = names
+        .filter_map(|kv| kv.split('=').next().map(str::to_owned))
+        .collect();
+    let mut config = json!({
+        "image": d.image,
+        "image_digest": d.image_id,
+        "mode": mode(d.mode),
+        "cpus": d.resources.cpus,
+        "memory_mb": d.resources.memory_mb,
+        "disk_size_mb": d.resources.disk_size_mb,
+        "restart_policy": restart_policy(d.restart_policy),
+        "max_restarts": d.max_restarts,
+        "ttl": d.ttl_s,
+        "ttl_action": ttl_action(d.ttl_action),
+        "remove_on_exit": d.remove_on_exit,
+        "env": names,
+        "hostname": guest.as_ref().map(|g| g.hostname.clone()),
+    });
+    config["network_config"] = json!({
+        "allow_internet": false,
+        "public_ingress": d.public_access,
+        "ingress_ports": d.ingress_ports,
+    });
+    config
+}
+
+/// ISO 8601, UTC.
+#[must_use]
+pub fn time(ms: u64) -> String {
+    let ms = i64::try_from(ms).unwrap_or(i64::MAX);
+    jiff::Timestamp::from_millisecond(ms)
+        .unwrap_or(jiff::Timestamp::MAX)
+        .to_string()
+}
+
+/// Whether it runs, and nothing is about to end it.
+#[must_use]
+pub fn is_running(w: &Workspace, actual: Option<&Actual>) -> bool {
+    w.doc.stage == Stage::Ready && actual.is_some_and(|a| a.state == ActualState::Running)
+}
+
+fn provisioning(w: &Workspace, actual: Option<&Actual>) -> Value {
+    let d = &w.doc;
+    let error = actual
+        .and_then(start_error)
+        .or_else(|| d.last_error.clone());
+    let first_failed = d.completed_ms.is_none() && error.is_some() && !restarts(w);
+    let sealed = error
+        .as_ref()
+        .is_some_and(|e| e.code == ErrorCode::KmsSealed);
+    let (state, phase, message) = match d.stage {
+        Stage::Deleting => ("deleting", "deleting", "being deleted"),
+        Stage::Creating => ("provisioning", "creating", "keys and tokens are being made"),
+        Stage::Ready if first_failed => ("failed", "failed", "the first start failed"),
+        Stage::Ready if d.completed_ms.is_some() || is_running(w, actual) => {
+            ("ready", "ready", "ready")
+        }
+        Stage::Ready if d.power == Power::Stopped => ("ready", "ready", "stopped"),
+        Stage::Ready if sealed => (
+            "provisioning",
+            "kms_sealed",
+            "waits until the KMS is unsealed",
+        ),
+        Stage::Ready => ("provisioning", "starting", "starting"),
+    };
+    let error = error.filter(|_| first_failed || sealed);
+    json!({
+        "state": state,
+        "phase": phase,
+        "message": message,
+        "error": error.map(|e| json!({ "code": e.code, "message": e.message })),
+        "created_at": time(w.created_ms),
+        "updated_at": time(d.updated_ms),
+        "completed_at": d.completed_ms.map(time),
+    })
+}
+
+/// Whether the reconciler will start it again.
+fn restarts(w: &Workspace) -> bool {
+    let d = &w.doc;
+    matches!(d.power, Power::Running | Power::Paused)
+        && d.policy.is_some()
+        && d.restart_policy != RestartPolicy::No
+        && d.restarts < d.max_restarts.unwrap_or(crate::limits::RESTARTS_MAX)
+}
+
+fn mode(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Permanent => "permanent",
+        Mode::Temporary => "temporary",
+    }
+}
+
+fn ttl_action(action: TtlAction) -> &'static str {
+    match action {
+        TtlAction::Stop => "stop",
+        TtlAction::Pause => "pause",
+        TtlAction::Suspend => "suspend",
+        TtlAction::Remove => "remove",
+    }
+}
+
+fn restart_policy(policy: RestartPolicy) -> &'static str {
+    match policy {
+        RestartPolicy::No => "no",
+        RestartPolicy::Always => "always",
+        RestartPolicy::OnFailure => "on-failure",
+    }
+}
