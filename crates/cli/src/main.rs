@@ -177,7 +177,9 @@ fn run(args: Args) -> anyhow::Result<u8> {
                 "up; control API and gateway at {}",
                 urls(&config).join(" and ")
             );
-            if operate::kms_status(&paths)?.sealed {
+            if config.kms.unseal == api::kms::Unseal::Passphrase
+                && operate::kms_status(&paths)?.sealed
+            {
                 println!("the KMS is sealed: `casemate kms unseal` opens it");
             }
         }

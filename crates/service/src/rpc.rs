@@ -128,7 +128,11 @@ pub async fn serve<Op, H, F>(
             () = stopped(&mut stop) => break,
         };
         let Some(peer) = peer_of(&stream, &uids, allow) else {
-            tracing::warn!(uid = ?stream.peer_cred().map(|c| c.uid()).ok(), "peer not allowed");
+            match stream.peer_cred().map(|c| c.uid()) {
+                // The supervisor knocks to see whether somebody is in.
+                Ok(0) => tracing::debug!("root is not on this socket's list"),
+                uid => tracing::warn!(?uid, "peer not allowed"),
+            }
             continue;
         };
         let Ok(permit) = Arc::clone(&connections).try_acquire_owned() else {
