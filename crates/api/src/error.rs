@@ -52,6 +52,8 @@ codes! {
     VmNotRunning = "vm_not_running", 409;
     /// Larger than the bound.
     TooLarge = "payload_too_large", 413;
+    /// This server does not answer for that host name.
+    Misdirected = "misdirected_request", 421;
     /// A field is wrong; the message names it.
     ValidationError = "validation_error", 422;
     /// Too many at once.

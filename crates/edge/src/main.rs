@@ -1,2 +1,9 @@
-//! The edge: TLS 1.3, routes by Host, mTLS to the guest.
-fn main() {}
+//! `casemate-edge`: see the library.
+
+fn main() -> anyhow::Result<()> {
+    let boot = service::boot("edge")?;
+    match boot.command {
+        service::Command::Init => edge::init(&boot),
+        service::Command::Run => edge::run(&boot),
+    }
+}

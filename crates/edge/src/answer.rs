@@ -1,0 +1,90 @@
+//! Error answers, as the contract has them (§1.3): clients take a body without `success: false`
+//! for a result.
+
+use api::{Error, ErrorCode};
+use http::{HeaderValue, Response, StatusCode, header};
+
+use crate::body::{Payload, full};
+use crate::hosts::NoPlane;
+
+/// A refusal: an error, and the status where it is not its code's own.
+#[derive(Debug)]
+pub struct Refusal {
+    /// What the client reads.
+    pub error: Error,
+    /// The status.
+    pub status: StatusCode,
+}
+
+impl Refusal {
+    /// With its code's status.
+    pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
+        Error::new(code, message).into()
+    }
+
+    /// The answer; what the operator must know goes to the log, never to the client.
+    #[must_use]
+    pub fn response(&self, request_id: &str) -> Response<Payload> {
+        if self.status.is_server_error() && self.error.code != ErrorCode::NotSupported {
+            let detail = self.error.detail.as_deref().unwrap_or("");
+            let code = self.error.code.as_str();
+            tracing::warn!(request_id, code, detail, "not served");
+        }
+        let mut response = Response::new(full(self.json(request_id)));
+        *response.status_mut() = self.status;
+        let json = HeaderValue::from_static("application/json");
+        response.headers_mut().insert(header::CONTENT_TYPE, json);
+        response
+    }
+
+    /// The body.
+    #[must_use]
+    pub fn json(&self, request_id: &str) -> Vec<u8> {
+        let code = self.error.code.as_str();
+        serde_json::json!({
+            "success": false,
+            "error": code,
+            "code": code,
+            "message": self.error.message,
+            "requestId": request_id,
+        })
+        .to_string()
+        .into_bytes()
+    }
+}
+
+impl From<Error> for Refusal {
+    fn from(error: Error) -> Self {
+        let status = StatusCode::from_u16(error.code.http_status())
+            .unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        Self { error, status }
+    }
+}
+
+impl From<NoPlane> for Refusal {
+    fn from(why: NoPlane) -> Self {
+        match why {
+            NoPlane::Malformed(why) => Self::new(ErrorCode::BadRequest, why),
+            NoPlane::Misdirected => Self::new(
+                ErrorCode::Misdirected,
+                "this server does not answer for that host name; use one of edge.control_hosts or \
+                 edge.gateway_hosts",
+            ),
+            NoPlane::Method => Self::new(ErrorCode::MethodNotAllowed, "this method is not served"),
+        }
+    }
+}
+
+/// A head that could not be read: the refusal for hyper's status.
+#[must_use]
+pub fn unreadable(status: u16) -> Refusal {
+    let message = match status {
+        431 => "the request's head is larger than 32 KiB or has more than 100 lines",
+        414 => "the request's path is too long",
+        _ => "this is no well-formed HTTP request",
+    };
+    Refusal {
+        error: Error::new(ErrorCode::BadRequest, message),
+        status: StatusCode::from_u16(status).unwrap_or(StatusCode::BAD_REQUEST),
+    }
+}

@@ -1,0 +1,149 @@
+//! Follows mint's and host's changes into the table, and tells guests their token state.
+//!
+//! Each feed is a long-polled question, so a peer that went away or hangs is noticed within a
+//! second. After any fault the feed is read again from its beginning, and what it does not name
+//! then is gone.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use api::rpc::Client;
+use api::{host, mint};
+use tokio::sync::Semaphore;
+
+use crate::guest::Guests;
+use crate::limits::{
+    FEED_PAGE, FEED_PAGES_MAX, FEED_RETRY, FEED_STALE_MAX, FEED_WAIT_MS, PUSH_MAX, PUSH_RETRY,
+    PUSHES_MAX,
+};
+use crate::metrics::Metrics;
+use crate::state::{Source, Table};
+
+/// Follows one feed for ever.
+pub async fn follow(source: Source, client: Client, table: Arc<Table>) {
+    loop {
+        let e = follow_until_fault(source, &client, &table).await;
+        if table.lost(source) {
+            tracing::warn!(?source, error = %e, "feed lost; requests to workspaces wait for it");
+        }
+        tokio::time::sleep(FEED_RETRY).await;
+    }
+}
+
+async fn follow_until_fault(source: Source, client: &Client, table: &Table) -> api::Error {
+    let mut since = 0;
+    let mut named = Some(HashSet::new());
+    let mut pages = 0;
+    loop {
+        let wait_ms = if named.is_some() { 0 } else { FEED_WAIT_MS };
+        let news = match ask(source, client, since, wait_ms).await {
+            Ok(news) => news,
+            Err(e) => return e,
+        };
+        let count = news.len();
+        if news.seq() < since {
+            return api::Error::internal("the feed went back; reading it again");
+        }
+        since = news.seq();
+        news.take_into(table, named.as_mut());
+        if count < FEED_PAGE
+            && let Some(named) = named.take()
+        {
+            table.only(source, &named);
+        }
+        if named.is_none() {
+            table.heard(source);
+        } else {
+            pages += 1;
+            if pages > FEED_PAGES_MAX {
+                return api::Error::internal("the feed has no end");
+            }
+        }
+    }
+}
+
+/// An answer of either feed.
+enum News {
+    Mint(mint::Changes),
+    Host(host::Changes),
+}
+
+impl News {
+    fn seq(&self) -> u64 {
+        match self {
+            Self::Mint(c) => c.seq,
+            Self::Host(c) => c.seq,
+        }
+    }
+
+    fn len(&self) -> usize {
+        match self {
+            Self::Mint(c) => c.states.len(),
+            Self::Host(c) => c.states.len(),
+        }
+    }
+
+    fn take_into(self, table: &Table, mut named: Option<&mut HashSet<model::WorkspaceId>>) {
+        match self {
+            Self::Mint(c) => {
+                for text in &c.states {
+                    if let (Some(w), Some(named)) = (table.token_state(text), named.as_mut()) {
+                        named.insert(w);
+                    }
+                }
+            }
+            Self::Host(c) => {
+                for actual in c.states {
+                    if let Some(named) = named.as_mut() {
+                        named.insert(actual.workspace.clone());
+                    }
+                    table.actual(actual);
+                }
+            }
+        }
+    }
+}
+
+async fn ask(source: Source, client: &Client, since: u64, wait_ms: u64) -> api::Result<News> {
+    // A full read of many states may take longer than a question for news.
+    let within = if since == 0 { Duration::from_secs(10) } else { FEED_STALE_MAX };
+    let id = "edge.feed";
+    match source {
+        Source::Mint => client
+            .call_within(id, &mint::Op::Changes { since, wait_ms }, within)
+            .await
+            .map(News::Mint),
+        Source::Host => client
+            .call_within(id, &host::Op::Changes { since, wait_ms }, within)
+            .await
+            .map(News::Host),
+    }
+}
+
+/// Tells guests their token state whenever it or their start changes, for ever.
+pub async fn tell_guests(table: Arc<Table>, guests: Arc<Guests>, metrics: Arc<Metrics>) {
+    let room = Arc::new(Semaphore::new(PUSHES_MAX));
+    loop {
+        table.changed.notified().await;
+        let free = room.available_permits();
+        for push in table.to_tell(free) {
+            let Ok(permit) = Arc::clone(&room).acquire_owned().await else {
+                return;
+            };
+            let (table, guests, metrics) =
+                (Arc::clone(&table), Arc::clone(&guests), Arc::clone(&metrics));
+            tokio::spawn(async move {
+                let told = tokio::time::timeout(PUSH_MAX, guests.tell(&push)).await;
+                let taken = matches!(told, Ok(Ok(())));
+                if !taken {
+                    metrics.pushes_failed.inc();
+                    // Its start may be over; if not, it is offered again.
+                    tokio::time::sleep(PUSH_RETRY).await;
+                }
+                drop(permit);
+                table.told(&push, taken);
+            });
+        }
+    }
+}

@@ -1,0 +1,714 @@
+//! What the edge knows of workspaces, and who may pass: two layers that know nothing of each
+//! other (ACC-4).
+//!
+//! - mint's feed: token states, each signed. Epochs only grow.
+//! - host's feed: where a workspace runs, and whether `public_access` is on.
+//!
+//! A request is admitted by both, once, when it begins. From then on it is in the table of live
+//! requests, and every change that would refuse it now cuts it: its bodies end with an error and
+//! its connection to the guest is closed, whether or not the client takes its bytes.
+//!
+//! Must never admit while a feed is lost, nor take an address from a token.
+
+use std::collections::{HashMap, HashSet};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use api::host::{Actual, ActualState};
+use api::mint::{GatewayClaims, TokenState};
+use api::{Error, ErrorCode, context};
+use model::{AccountId, StartId, WorkspaceId};
+use seal::sign::{Signed, VerifyingKey};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::limits::{FEED_LOST_CUT, FEED_STALE_MAX, GUEST_IN_FLIGHT_MAX};
+
+/// One of the two sources of truth.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Source {
+    /// Token states.
+    Mint,
+    /// Actual states.
+    Host,
+}
+
+/// Where guests are.
+#[derive(Debug, Clone, Copy)]
+pub struct GuestNet {
+    /// First address of the /16 that guests' addresses are in.
+    pub base: Ipv4Addr,
+    /// The agent's mTLS port.
+    pub port: u16,
+}
+
+impl GuestNet {
+    /// The agent's address, if that is a guest's address at all.
+    fn agent(&self, ip: &str) -> Option<SocketAddr> {
+        let ip: Ipv4Addr = ip.parse().ok()?;
+        let same_net = ip.octets()[..2] == self.base.octets()[..2];
+        same_net.then_some(SocketAddr::new(IpAddr::V4(ip), self.port))
+    }
+}
+
+/// A running guest that the edge may reach.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Route {
+    /// The workspace.
+    pub workspace: WorkspaceId,
+    /// Its start.
+    pub start: StartId,
+    /// The agent's address.
+    pub agent: SocketAddr,
+    /// The identity that the guest must prove, by mint's word.
+    pub identity: VerifyingKey,
+}
+
+/// A token state that a guest should be told.
+#[derive(Debug, Clone)]
+pub struct Push {
+    /// Where.
+    pub route: Route,
+    /// What, as mint signed it.
+    pub signed: String,
+    /// Its number.
+    pub seq: u64,
+}
+
+/// The table.
+pub struct Table {
+    mint_key: VerifyingKey,
+    net: GuestNet,
+    inner: Mutex<Inner>,
+    /// Something changed that guests may have to be told.
+    pub changed: Notify,
+}
+
+#[derive(Default)]
+struct Inner {
+    feeds: HashMap<Source, Feed>,
+    entries: HashMap<WorkspaceId, Entry>,
+    live_next: u64,
+    live_count: usize,
+    cut_count: u64,
+}
+
+#[derive(Clone, Copy)]
+struct Feed {
+    /// When it was last heard; `None` while it is lost.
+    heard: Option<Instant>,
+    lost_since: Option<Instant>,
+}
+
+struct Entry {
+    token: Option<Token>,
+    actual: Option<Actual>,
+    live: HashMap<u64, LiveEntry>,
+    room: Arc<Semaphore>,
+    told: Option<(StartId, u64)>,
+    telling: bool,
+}
+
+struct Token {
+    state: TokenState,
+    signed: String,
+    identity: VerifyingKey,
+}
+
+struct LiveEntry {
+    account: AccountId,
+    epoch: u64,
+    start: StartId,
+    cut: CancellationToken,
+    connection: Option<CancellationToken>,
+}
+
+impl Default for Entry {
+    fn default() -> Self {
+        Self {
+            token: None,
+            actual: None,
+            live: HashMap::new(),
+            room: Arc::new(Semaphore::new(GUEST_IN_FLIGHT_MAX)),
+            told: None,
+            telling: false,
+        }
+    }
+}
+
+/// A request that was admitted; leaves the table when it is dropped.
+pub struct Live {
+    table: Arc<Table>,
+    workspace: WorkspaceId,
+    number: u64,
+    cut: CancellationToken,
+    _room: OwnedSemaphorePermit,
+}
+
+impl Live {
+    /// Ends when the request must end.
+    #[must_use]
+    pub fn cut(&self) -> CancellationToken {
+        self.cut.clone()
+    }
+
+    /// The guest's connection that ends with it.
+    pub fn on(&self, connection: CancellationToken) {
+        let mut inner = self.table.lock();
+        let entry = inner.entries.get_mut(&self.workspace);
+        match entry.and_then(|e| e.live.get_mut(&self.number)) {
+            Some(live) if !live.cut.is_cancelled() => live.connection = Some(connection),
+            _ => connection.cancel(),
+        }
+    }
+}
+
+impl Drop for Live {
+    fn drop(&mut self) {
+        let mut inner = self.table.lock();
+        if let Some(entry) = inner.entries.get_mut(&self.workspace)
+            && entry.live.remove(&self.number).is_some()
+        {
+            let empty = entry.is_empty();
+            inner.live_count -= 1;
+            if empty {
+                inner.entries.remove(&self.workspace);
+            }
+        }
+    }
+}
+
+impl Table {
+    /// An empty table, both feeds lost.
+    #[must_use]
+    pub fn new(mint_key: VerifyingKey, net: GuestNet) -> Arc<Self> {
+        let lost = Feed { heard: None, lost_since: Some(Instant::now()) };
+        let feeds = [(Source::Mint, lost), (Source::Host, lost)].into();
+        Arc::new(Self {
+            mint_key,
+            net,
+            inner: Mutex::new(Inner { feeds, ..Inner::default() }),
+            changed: Notify::new(),
+        })
+    }
+
+    /// Admits a request whose token's signature, audience and time were found good.
+    ///
+    /// # Errors
+    /// What refuses it, first the token's layer, then the firewall's.
+    pub fn admit(
+        self: &Arc<Self>,
+        workspace: &WorkspaceId,
+        claims: &GatewayClaims,
+    ) -> Result<(Route, Live), Error> {
+        let mut inner = self.lock();
+        if !inner.is_fresh() {
+            return Err(Error::new(
+                ErrorCode::Unavailable,
+                "the edge can't tell now whether this is allowed; try again",
+            ));
+        }
+        let unknown = || Error::new(ErrorCode::NotFound, "no such workspace");
+        let Some(entry) = inner.entries.get(workspace) else {
+            return Err(unknown());
+        };
+        let token = entry.token.as_ref().filter(|t| !t.state.gone).ok_or_else(unknown)?;
+        token_allows(&token.state, claims.sub.as_str(), claims.epoch)?;
+        let route = entry.route(workspace, token, &self.net)?;
+        let Ok(room) = Arc::clone(&entry.room).try_acquire_owned() else {
+            return Err(Error::new(
+                ErrorCode::RateLimited,
+                format!("more than {GUEST_IN_FLIGHT_MAX} requests at once to this workspace"),
+            ));
+        };
+        let account = token.state.account.clone();
+        let number = inner.live_next;
+        inner.live_next += 1;
+        let cut = CancellationToken::new();
+        let live = LiveEntry {
+            account,
+            epoch: claims.epoch,
+            start: route.start.clone(),
+            cut: cut.clone(),
+            connection: None,
+        };
+        inner.live_count += 1;
+        if let Some(entry) = inner.entries.get_mut(workspace) {
+            entry.live.insert(number, live);
+        }
+        let live = Live {
+            table: Arc::clone(self),
+            workspace: workspace.clone(),
+            number,
+            cut,
+            _room: room,
+        };
+        Ok((route, live))
+    }
+
+    /// Takes a token state, if mint signed it and it is news; cuts what it revokes. Returns its
+    /// workspace.
+    pub fn token_state(&self, text: &str) -> Option<WorkspaceId> {
+        let verified = Signed::parse(text)
+            .and_then(|s| s.verify::<TokenState>(&self.mint_key, context::TOKEN_STATE))
+            .and_then(|s| Ok((VerifyingKey::from_hex(&s.identity_pub)?, s)));
+        let (identity, state) = match verified {
+            Ok(v) => v,
+            Err(e) => {
+                tracing::error!(error = %e, "a token state that mint did not sign; ignored");
+                return None;
+            }
+        };
+        let workspace = state.workspace.clone();
+        let mut inner = self.lock();
+        let entry = inner.entries.entry(workspace.clone()).or_default();
+        if let Some(held) = &entry.token {
+            if state.seq <= held.state.seq {
+                return Some(workspace);
+            }
+            if state.epoch < held.state.epoch || (held.state.gone && !state.gone) {
+                tracing::error!("a token state that goes back; ignored");
+                return Some(workspace);
+            }
+        }
+        entry.token = Some(Token { state, signed: text.to_owned(), identity });
+        inner.settle(&workspace);
+        drop(inner);
+        self.changed.notify_one();
+        Some(workspace)
+    }
+
+    /// Takes an actual state; cuts what it closes.
+    pub fn actual(&self, actual: Actual) {
+        let workspace = actual.workspace.clone();
+        let mut inner = self.lock();
+        let entry = inner.entries.entry(workspace.clone()).or_default();
+        entry.actual = (actual.state != ActualState::Deleted).then_some(actual);
+        inner.settle(&workspace);
+        drop(inner);
+        self.changed.notify_one();
+    }
+
+    /// A feed was read from its beginning: what it did not name is gone.
+    pub fn only(&self, source: Source, named: &HashSet<WorkspaceId>) {
+        let mut inner = self.lock();
+        let rest: Vec<_> = inner
+            .entries
+            .keys()
+            .filter(|w| !named.contains(*w))
+            .cloned()
+            .collect();
+        for workspace in rest {
+            if let Some(entry) = inner.entries.get_mut(&workspace) {
+                match source {
+                    Source::Mint => entry.token = None,
+                    Source::Host => entry.actual = None,
+                }
+            }
+            inner.settle(&workspace);
+        }
+    }
+
+    /// A feed answered.
+    pub fn heard(&self, source: Source) {
+        let feed = Feed { heard: Some(Instant::now()), lost_since: None };
+        self.lock().feeds.insert(source, feed);
+    }
+
+    /// A feed is lost; whether it was there before. After a while what was opened can't be closed
+    /// by it, so it is cut.
+    pub fn lost(&self, source: Source) -> bool {
+        let mut inner = self.lock();
+        let now = Instant::now();
+        let before = inner.feeds.get(&source).copied();
+        let since = before
+            .and_then(|f| f.lost_since.or(f.heard))
+            .unwrap_or(now);
+        inner.feeds.insert(source, Feed { heard: None, lost_since: Some(since) });
+        if since.elapsed() > FEED_LOST_CUT {
+            let all: Vec<_> = inner.entries.keys().cloned().collect();
+            for workspace in all {
+                inner.cut(&workspace, |_| true);
+            }
+        }
+        before.is_some_and(|f| f.heard.is_some())
+    }
+
+    /// Whether both feeds are there.
+    #[must_use]
+    pub fn is_fresh(&self) -> bool {
+        self.lock().is_fresh()
+    }
+
+    /// Requests that pass now, and requests that were cut so far.
+    #[must_use]
+    pub fn counts(&self) -> (usize, u64) {
+        let inner = self.lock();
+        (inner.live_count, inner.cut_count)
+    }
+
+    /// Whether connections to this start of a workspace may be used.
+    #[must_use]
+    pub fn is_current(&self, workspace: &WorkspaceId, start: &StartId) -> bool {
+        let inner = self.lock();
+        inner.entries.get(workspace).is_some_and(|e| e.is_open_for(start))
+    }
+
+    /// The next guests to be told their token state; each is to be [`Table::told`].
+    #[must_use]
+    pub fn to_tell(&self, at_most: usize) -> Vec<Push> {
+        let mut inner = self.lock();
+        let mut out = Vec::new();
+        for (workspace, entry) in &mut inner.entries {
+            if out.len() == at_most {
+                break;
+            }
+            let Some(token) = entry.token.as_ref().filter(|t| !t.state.gone && !entry.telling)
+            else {
+                continue;
+            };
+            let Ok(route) = entry.route(workspace, token, &self.net) else {
+                continue;
+            };
+            let told = (route.start.clone(), token.state.seq);
+            if entry.told.as_ref() == Some(&told) {
+                continue;
+            }
+            let push = Push { route, signed: token.signed.clone(), seq: told.1 };
+            entry.telling = true;
+            out.push(push);
+        }
+        out
+    }
+
+    /// How telling went.
+    pub fn told(&self, push: &Push, taken: bool) {
+        let mut inner = self.lock();
+        if let Some(entry) = inner.entries.get_mut(&push.route.workspace) {
+            entry.telling = false;
+            if taken {
+                entry.told = Some((push.route.start.clone(), push.seq));
+            }
+        }
+        drop(inner);
+        self.changed.notify_one();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    fn is_fresh(&self) -> bool {
+        self.feeds
+            .values()
+            .all(|f| f.heard.is_some_and(|t| t.elapsed() <= FEED_STALE_MAX))
+    }
+
+    /// Cuts what a workspace's state no longer allows, and forgets an entry that says nothing.
+    fn settle(&mut self, workspace: &WorkspaceId) {
+        let Some(entry) = self.entries.get(workspace) else {
+            return;
+        };
+        let state = entry.token.as_ref().map(|t| &t.state).filter(|s| !s.gone);
+        let stays: HashSet<u64> = entry
+            .live
+            .iter()
+            .filter(|(_, l)| {
+                state.is_some_and(|s| token_allows(s, l.account.as_str(), l.epoch).is_ok())
+                    && entry.is_open_for(&l.start)
+            })
+            .map(|(n, _)| *n)
+            .collect();
+        self.cut(workspace, |n| !stays.contains(&n));
+        if self.entries.get(workspace).is_some_and(Entry::is_empty) {
+            self.entries.remove(workspace);
+        }
+    }
+
+    fn cut(&mut self, workspace: &WorkspaceId, which: impl Fn(u64) -> bool) {
+        let Some(entry) = self.entries.get(workspace) else {
+            return;
+        };
+        for (_, live) in entry.live.iter().filter(|(n, l)| which(**n) && !l.cut.is_cancelled()) {
+            self.cut_count += 1;
+            live.cut.cancel();
+            if let Some(connection) = &live.connection {
+                connection.cancel();
+            }
+        }
+    }
+}
+
+impl Entry {
+    fn is_empty(&self) -> bool {
+        self.token.is_none() && self.actual.is_none() && self.live.is_empty() && !self.telling
+    }
+
+    /// The firewall's layer: open, and this very start.
+    fn is_open_for(&self, start: &StartId) -> bool {
+        self.actual
+            .as_ref()
+            .is_some_and(|a| a.public_access && a.start_id.as_ref() == Some(start))
+    }
+
+    fn route(
+        &self,
+        workspace: &WorkspaceId,
+        token: &Token,
+        net: &GuestNet,
+    ) -> Result<Route, Error> {
+        let Some(actual) = self.actual.as_ref().filter(|a| a.public_access) else {
+            return Err(Error::new(
+                ErrorCode::NetworkBlocked,
+                "this workspace is dark: nothing reaches it until its owner turns public_access on",
+            ));
+        };
+        let (ActualState::Running, Some(start), Some(ip)) =
+            (actual.state, &actual.start_id, &actual.ip)
+        else {
+            return Err(Error::new(
+                ErrorCode::VmNotRunning,
+                "the workspace is not running; start it first",
+            ));
+        };
+        let agent = net.agent(ip).ok_or_else(|| {
+            Error::new(ErrorCode::Unavailable, "the workspace can't be reached; try again")
+                .detail("host names an address outside network.base")
+        })?;
+        Ok(Route {
+            workspace: workspace.clone(),
+            start: start.clone(),
+            agent,
+            identity: token.identity,
+        })
+    }
+}
+
+/// The token's layer.
+fn token_allows(state: &TokenState, account: &str, epoch: u64) -> Result<(), Error> {
+    if account != state.account.as_str() || epoch < state.epoch {
+        return Err(Error::new(
+            ErrorCode::Unauthorized,
+            "this token was revoked; get a new one",
+        ));
+    }
+    if !state.enabled {
+        return Err(Error::new(
+            ErrorCode::Forbidden,
+            "the runtime API of this workspace is disabled; its owner can enable it",
+        ));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use seal::sign::SigningKey;
+
+    const NET: GuestNet = GuestNet { base: Ipv4Addr::new(10, 117, 0, 0), port: 9991 };
+
+    struct World {
+        key: SigningKey,
+        table: Arc<Table>,
+        ws: WorkspaceId,
+    }
+
+    fn world() -> World {
+        let key = SigningKey::from_seed(&[1; 32]);
+        let table = Table::new(key.public(), NET);
+        table.heard(Source::Mint);
+        table.heard(Source::Host);
+        World { key, table, ws: WorkspaceId::from_bytes([1; 8]) }
+    }
+
+    impl World {
+        fn state(&self, seq: u64, epoch: u64) -> TokenState {
+            TokenState {
+                workspace: self.ws.clone(),
+                account: AccountId::from_bytes([2; 8]),
+                epoch,
+                raw_hash: String::new(),
+                enabled: true,
+                gone: false,
+                identity_pub: SigningKey::from_seed(&[3; 32]).public().to_hex(),
+                seq,
+            }
+        }
+
+        fn give(&self, state: &TokenState) {
+            let signed = Signed::new(&self.key, context::TOKEN_STATE, state);
+            self.table.token_state(signed.as_str());
+        }
+
+        fn place(&self, state: ActualState, start: u8, public_access: bool, ip: &str) {
+            self.table.actual(Actual {
+                workspace: self.ws.clone(),
+                generation: 1,
+                state,
+                start_id: Some(StartId::from_bytes([start; 8])),
+                ip: Some(ip.into()),
+                public_access,
+                since_ms: None,
+                started_from: None,
+                error: None,
+            });
+        }
+
+        fn run(&self) {
+            self.place(ActualState::Running, 1, true, "10.117.0.2");
+        }
+
+        fn admit(&self, epoch: u64) -> Result<(Route, Live), ErrorCode> {
+            let claims = GatewayClaims {
+                iss: "casemate".into(),
+                sub: AccountId::from_bytes([2; 8]).to_string(),
+                aud: self.ws.to_string(),
+                iat: 0,
+                exp: 0,
+                jti: String::new(),
+                epoch,
+            };
+            self.table.admit(&self.ws, &claims).map_err(|e| e.code)
+        }
+
+        fn check(&self, epoch: u64, want: ErrorCode) {
+            assert_eq!(self.admit(epoch).map(|_| ()), Err(want));
+        }
+    }
+
+    #[tokio::test]
+    async fn each_layer_refuses_by_itself() {
+        let w = world();
+        w.check(1, ErrorCode::NotFound);
+        w.give(&w.state(1, 1));
+        w.check(1, ErrorCode::NetworkBlocked);
+        w.check(0, ErrorCode::Unauthorized);
+        w.place(ActualState::Running, 1, false, "10.117.0.2");
+        w.check(1, ErrorCode::NetworkBlocked);
+        w.place(ActualState::Paused, 1, true, "10.117.0.2");
+        w.check(1, ErrorCode::VmNotRunning);
+        w.place(ActualState::Running, 1, true, "10.118.0.2");
+        w.check(1, ErrorCode::Unavailable);
+        w.place(ActualState::Running, 1, true, "127.0.0.1");
+        w.check(1, ErrorCode::Unavailable);
+        w.run();
+        assert!(w.admit(1).is_ok() && w.admit(2).is_ok());
+        w.give(&TokenState { enabled: false, ..w.state(2, 2) });
+        w.check(2, ErrorCode::Forbidden);
+        w.give(&TokenState { gone: true, ..w.state(3, 2) });
+        w.check(2, ErrorCode::NotFound);
+        w.table.lost(Source::Host);
+        w.check(2, ErrorCode::Unavailable);
+    }
+
+    #[tokio::test]
+    async fn token_states_never_go_back() {
+        let w = world();
+        w.run();
+        w.give(&w.state(5, 5));
+        w.give(&w.state(4, 1));
+        w.give(&w.state(6, 4));
+        w.check(4, ErrorCode::Unauthorized);
+        let forged = Signed::new(&SigningKey::generate(), context::TOKEN_STATE, &w.state(9, 9));
+        w.table.token_state(forged.as_str());
+        let other_kind = Signed::new(&w.key, context::POLICY, &w.state(9, 9));
+        w.table.token_state(other_kind.as_str());
+        w.table.token_state("nonsense");
+        assert!(w.admit(5).is_ok());
+    }
+
+    #[tokio::test]
+    async fn changes_cut_what_they_close_and_nothing_else() {
+        let w = world();
+        w.run();
+        w.give(&w.state(1, 1));
+        let (_, old) = w.admit(1).unwrap();
+        let (_, new) = w.admit(2).unwrap();
+        let connection = CancellationToken::new();
+        old.on(connection.clone());
+        w.give(&w.state(2, 2));
+        assert!(old.cut().is_cancelled() && connection.is_cancelled());
+        assert!(!new.cut().is_cancelled());
+        w.place(ActualState::Paused, 1, true, "10.117.0.2");
+        assert!(!new.cut().is_cancelled(), "a pause keeps connections");
+        w.place(ActualState::Running, 2, true, "10.117.0.2");
+        assert!(new.cut().is_cancelled(), "another start");
+        let (_, third) = w.admit(2).unwrap();
+        w.place(ActualState::Running, 2, false, "10.117.0.2");
+        assert!(third.cut().is_cancelled(), "dark");
+        let late = CancellationToken::new();
+        drop(old);
+        assert_eq!(w.table.counts(), (2, 3));
+        third.on(late.clone());
+        drop((new, third));
+        assert_eq!(w.table.counts().0, 0);
+    }
+
+    #[tokio::test]
+    async fn a_workspace_has_bounded_room() {
+        let w = world();
+        w.run();
+        w.give(&w.state(1, 1));
+        let held: Vec<_> = (0..GUEST_IN_FLIGHT_MAX).map(|_| w.admit(1).unwrap()).collect();
+        w.check(1, ErrorCode::RateLimited);
+        drop(held);
+        assert!(w.admit(1).is_ok());
+    }
+
+    #[tokio::test]
+    async fn what_a_full_read_does_not_name_is_gone() {
+        let w = world();
+        w.run();
+        w.give(&w.state(1, 1));
+        let (_, live) = w.admit(1).unwrap();
+        w.table.only(Source::Mint, &HashSet::new());
+        assert!(live.cut().is_cancelled());
+        w.check(1, ErrorCode::NotFound);
+        w.table.only(Source::Host, &HashSet::new());
+        drop(live);
+        assert!(w.table.lock().entries.is_empty());
+    }
+
+    #[tokio::test]
+    async fn guests_are_told_once_per_start_and_state() {
+        let w = world();
+        w.run();
+        w.give(&w.state(1, 1));
+        let push = w.table.to_tell(8);
+        assert_eq!(push.len(), 1);
+        assert!(w.table.to_tell(8).is_empty(), "one at a time");
+        w.table.told(&push[0], false);
+        let push = w.table.to_tell(8);
+        w.table.told(&push[0], true);
+        assert!(w.table.to_tell(8).is_empty());
+        w.give(&w.state(2, 2));
+        let push = w.table.to_tell(8);
+        assert_eq!(push[0].seq, 2);
+        w.table.told(&push[0], true);
+        w.place(ActualState::Running, 9, true, "10.117.0.2");
+        assert_eq!(w.table.to_tell(8).len(), 1, "a new start");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_silent_feed_is_stale_and_a_lost_one_cuts() {
+        let w = world();
+        w.run();
+        w.give(&w.state(1, 1));
+        let (_, live) = w.admit(1).unwrap();
+        tokio::time::advance(FEED_STALE_MAX * 2).await;
+        w.check(1, ErrorCode::Unavailable);
+        w.table.heard(Source::Mint);
+        w.table.heard(Source::Host);
+        assert!(w.admit(1).is_ok());
+        w.table.lost(Source::Mint);
+        assert!(!live.cut().is_cancelled(), "a restart of mint breaks nothing");
+        tokio::time::advance(FEED_LOST_CUT * 2).await;
+        w.table.lost(Source::Mint);
+        assert!(live.cut().is_cancelled());
+    }
+}
