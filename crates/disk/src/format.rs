@@ -1,6 +1,6 @@
 //! Opening a backing file: the volume that is there, or a new one.
 //!
-//! A new volume is made in an order that a crash can't spoil: template through the cipher, sync,
+//! A new volume is made in an order that a crash can't spoil: template through the cipher and
 //! keyslot, sync, headers, sync. Without a header it is no volume, and the next try begins again
 //! under a new key. A file with a header is never formatted.
 

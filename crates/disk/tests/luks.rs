@@ -49,6 +49,14 @@ impl Sample {
         hex::encode(self.disk_key.expose())
     }
 
+    /// Fills the volume through the cipher and answers what is in it.
+    fn write_pattern(&self) -> Vec<u8> {
+        let volume = Volume::new(self.file.try_clone().unwrap(), &self.key, SIZE_BYTES).unwrap();
+        let plain: Vec<u8> = (0..SIZE_BYTES).map(|at| (at / 97 + at) as u8).collect();
+        volume.write(0, &mut plain.clone()).unwrap();
+        plain
+    }
+
     fn open(&self) -> Result<VolumeKey, DiskError> {
         luks2::open(&self.file, &self.disk_key, &workspace())
     }
@@ -181,15 +189,35 @@ fn errors_tell_what_is_wrong() {
     assert!(!luks2::exists(&sample.file).unwrap());
 }
 
+/// `cryptsetup` decrypts our volume, in user space, to the byte: our sectors are LUKS2's.
+#[test]
+fn cryptsetup_decrypts_the_whole_volume() {
+    let sample = Sample::new();
+    let plain = sample.write_pattern();
+    let header = sample.at("exported-header");
+    let args = [
+        "reencrypt",
+        "--decrypt",
+        "--force-offline-reencrypt",
+        "--batch-mode",
+        "--header",
+        &header,
+        "--key-file=-",
+        &sample.path(),
+    ];
+    tool("cryptsetup", &args, &sample.passphrase());
+    let mut decrypted = vec![0; plain.len()];
+    sample.file.read_exact_at(&mut decrypted, 0).unwrap();
+    assert!(decrypted == plain, "cryptsetup decrypts something else");
+}
+
 /// A LUKS1 header by `cryptsetup` for the same volume key, in front of the same ciphertext.
 /// LUKS1 counts sectors of 512 bytes, so it agrees on the first 512 bytes of each of ours: with
 /// that, on the key, its halves, the offset and the unit of the tweak.
 #[test]
 fn nbdkit_reads_the_same_plaintext_through_a_luks1_header() {
     let sample = Sample::new();
-    let volume = Volume::new(sample.file.try_clone().unwrap(), &sample.key, SIZE_BYTES).unwrap();
-    let plain: Vec<u8> = (0..SIZE_BYTES).map(|at| (at / 97 + at) as u8).collect();
-    volume.write(0, &mut plain.clone()).unwrap();
+    let plain = sample.write_pattern();
 
     let (key, luks1, out) = (sample.at("key"), sample.at("luks1"), sample.at("out"));
     std::fs::write(&key, sample.key.expose()).unwrap();

@@ -504,6 +504,77 @@ fn it_serves_inside_its_sandbox() {
     disk.close();
 }
 
+/// What root can read of the process while it serves: no key, nor the guest's identity.
+#[test]
+fn no_secret_is_in_its_readable_memory() {
+    let backing = tempfile::tempfile().unwrap();
+    let disk_key: [u8; 32] = seal::random::bytes();
+    let plan = Plan {
+        disk_key,
+        ..fresh()
+    };
+    let disk = Disk::started(&backing, None, &plan);
+    let file = disk.open().unwrap();
+    file.write_all_at(&[1; 5000], VOLUME + 77).unwrap();
+    read(&file, VOLUME, 8192);
+    assert!(
+        read(&file, 0, 4096)
+            .windows(64)
+            .any(|window| window == [b'1', b'b'].repeat(32))
+    );
+    let workspace = "ws_0123456789abcdef".parse().unwrap();
+    let disk_key_in_memory = disk::luks2::DiskKey::from_slice(&disk_key).unwrap();
+    let key = disk::luks2::open(&backing, &disk_key_in_memory, &workspace).unwrap();
+    let secrets: [(&str, Vec<u8>); 6] = [
+        ("disk key", disk_key.to_vec()),
+        ("passphrase", hex::encode(disk_key).into()),
+        ("data key", key.expose()[..32].to_vec()),
+        ("tweak key", key.expose()[32..].to_vec()),
+        ("identity seed", "1b".repeat(32).into()),
+        (
+            "something that is there, to see that this looks",
+            b"casemate-disk".to_vec(),
+        ),
+    ];
+    let mut seen = Vec::new();
+    for part in readable_memory(disk.child.id()) {
+        for (name, secret) in &secrets {
+            if part.windows(secret.len()).any(|window| window == secret) {
+                seen.push(*name);
+            }
+        }
+    }
+    seen.dedup();
+    assert_eq!(
+        seen.iter()
+            .filter(|name| !name.starts_with("something"))
+            .count(),
+        0,
+        "{seen:?}"
+    );
+    assert!(!seen.is_empty(), "nothing was looked at");
+    disk.close();
+}
+
+/// All memory of a process that the kernel shows.
+fn readable_memory(pid: u32) -> Vec<Vec<u8>> {
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+    let memory = File::open(format!("/proc/{pid}/mem")).unwrap();
+    let mut parts = Vec::new();
+    for line in maps
+        .lines()
+        .filter(|line| line.split(' ').nth(1).unwrap().starts_with("rw"))
+    {
+        let (from, to) = line.split(' ').next().unwrap().split_once('-').unwrap();
+        let [from, to] = [from, to].map(|at| u64::from_str_radix(at, 16).unwrap());
+        let mut part = vec![0; usize::try_from(to - from).unwrap()];
+        if memory.read_exact_at(&mut part, from).is_ok() {
+            parts.push(part);
+        }
+    }
+    parts
+}
+
 #[test]
 fn one_queue_is_enough() {
     let backing = tempfile::tempfile().unwrap();

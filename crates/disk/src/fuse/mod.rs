@@ -25,6 +25,9 @@ use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
+use api::agent::VOLUME_OFFSET_BYTES;
+use seal::Zeroize;
+
 use self::abi::{Answer, Request};
 use crate::backing::Backing;
 use crate::bucket::Limiter;
@@ -140,7 +143,12 @@ impl<B: Backing> Worker<B> {
         }
         let reply = self.answer(&request);
         let opened = request.opcode == abi::OPEN && matches!(reply, Reply::Short(_));
-        match self.send(request.unique, &reply) {
+        let sent = self.send(request.unique, &reply);
+        if let (Reply::Data(len), Some((0..VOLUME_OFFSET_BYTES, _))) = (&reply, request.span()) {
+            // The identity leaves no copy in ordinary memory.
+            self.buffer.bytes()[DATA_AT..DATA_AT + len].zeroize();
+        }
+        match sent {
             Ok(()) => {}
             Err(error) => match error.raw_os_error() {
                 // Whoever asked is gone: the answer was for nobody.

@@ -7,21 +7,17 @@ use seal::{hash, kdf, random};
 
 use super::json::Pbkdf2;
 use crate::DiskError;
-use crate::limits::SECTOR_BYTES;
 
 /// Stripes of the anti-forensic split. LUKS knows no other number.
 pub(super) const STRIPES: u32 = 4000;
 /// All stripes, bytes.
 pub(super) const STRIPES_BYTES: usize = STRIPES as usize * KEY_BYTES;
-/// How the stripes are encrypted: in units of 512 bytes, as LUKS does it whatever the volume's
-/// sectors are, under a key of their own that encrypts nothing else. Each unit has the tweak 0:
-/// the stripes are random, so no two are alike.
-pub(super) const AREA_CIPHER: &str = "aes-xts-null";
-const UNIT_BYTES: usize = 512;
+/// How the stripes are encrypted: in units of 512 bytes, whatever the volume's sectors are.
+pub(super) const AREA_CIPHER: &str = "aes-xts-plain64";
 
 const KEY_BYTES: usize = 64;
 const DIGEST_BYTES: usize = 32;
-const _: () = assert!(STRIPES_BYTES.is_multiple_of(UNIT_BYTES));
+const _: () = assert!(STRIPES_BYTES.is_multiple_of(512));
 
 /// The key of a volume: data key (32) and tweak key (32) of AES-256-XTS.
 pub type VolumeKey = SecretBytes<KEY_BYTES>;
@@ -35,7 +31,7 @@ pub(super) fn close(
     let cipher = area_cipher(passphrase, slot)?;
     let mut stripes = SecretBuf::new(STRIPES_BYTES);
     split(key, stripes.expose_mut());
-    for_each_unit(stripes.expose_mut(), |unit| cipher.encrypt(0, unit));
+    cipher.encrypt_units_512(0, stripes.expose_mut());
     Ok(stripes.expose().to_vec()) // Ciphertext by now.
 }
 
@@ -45,7 +41,7 @@ pub(super) fn open(area: &[u8], passphrase: &[u8], slot: &Pbkdf2) -> Result<Volu
     let cipher = area_cipher(passphrase, slot)?;
     let mut stripes = SecretBuf::new(STRIPES_BYTES);
     stripes.expose_mut().copy_from_slice(area);
-    for_each_unit(stripes.expose_mut(), |unit| cipher.decrypt(0, unit));
+    cipher.decrypt_units_512(0, stripes.expose_mut());
     Ok(merge(stripes.expose()))
 }
 
@@ -60,17 +56,6 @@ fn area_cipher(passphrase: &[u8], slot: &Pbkdf2) -> Result<Xts, DiskError> {
     let mut key = VolumeKey::zeroed();
     kdf::pbkdf2_sha256(passphrase, &slot.salt, slot.iterations, key.expose_mut());
     Ok(Xts::new(key.expose())?)
-}
-
-/// Runs `cipher` over each unit of 512 bytes. `seal` knows units of 4096: the first 512 bytes of
-/// one are the same as a unit of 512, since XTS goes on from block to block.
-fn for_each_unit(stripes: &mut [u8], cipher: impl Fn(&mut [u8])) {
-    let mut room = SecretBuf::new(SECTOR_BYTES);
-    for unit in stripes.chunks_exact_mut(UNIT_BYTES) {
-        room.expose_mut()[..UNIT_BYTES].copy_from_slice(unit);
-        cipher(room.expose_mut());
-        unit.copy_from_slice(&room.expose()[..UNIT_BYTES]);
-    }
 }
 
 /// Fills `stripes` so that only all of them together give `key`.

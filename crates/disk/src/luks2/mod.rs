@@ -25,8 +25,8 @@ use crate::limits::HEADER_BYTES;
 /// The disk's key of a grant.
 pub type DiskKey = SecretBytes<32>;
 
-/// Writes keyslot and headers for `key`, each durable before the next: a volume exists only once
-/// all of it does.
+/// Writes keyslot and headers for `key`. The headers come after all that was written before is
+/// durable, data included: a volume exists only once all of it does.
 ///
 /// # Errors
 /// The backing file's.
@@ -50,7 +50,7 @@ pub fn create(
         .map_err(DiskError::io("writing the keyslot"))?;
     backing
         .sync()
-        .map_err(DiskError::io("syncing the keyslot"))?;
+        .map_err(DiskError::io("syncing a new volume"))?;
     let (json, uuid) = (metadata.encode(), fresh_uuid());
     for copy in Copy::BOTH {
         let header = bin::encode(copy, 1, &seal::random::bytes(), &uuid, &json);
@@ -61,13 +61,18 @@ pub fn create(
     backing.sync().map_err(DiskError::io("syncing the header"))
 }
 
-/// Whether a header of any version, sound or not, is there.
+/// Whether a sound header is there, or one of a version that can't be judged. A copy that does not
+/// add up is what a crash in [`create`] leaves.
 ///
 /// # Errors
 /// The backing file's.
 pub fn exists(backing: &impl Backing) -> Result<bool, DiskError> {
     for copy in Copy::BOTH {
-        if !matches!(bin::decode(copy, &read(backing, copy)?), Ok(None)) {
+        let bytes = read(backing, copy)?;
+        if matches!(
+            bin::decode(copy, &bytes),
+            Ok(Some(_)) | Err(DiskError::Version { .. })
+        ) {
             return Ok(true);
         }
     }
