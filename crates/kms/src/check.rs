@@ -318,8 +318,8 @@ fn authority_at(trust: &Trust, intent: &Intent) -> Result<Authority, Refusal> {
 fn authority(trust: &Trust, text: &str) -> Result<Authority, Refusal> {
     let signed = Signed::parse(text).map_err(|_| Refusal::Authority)?;
     if let Ok(a) = signed.verify::<Assertion>(&trust.mint, context::ASSERTION) {
-        let life = a.exp_ms.checked_sub(a.iat_ms);
-        if !life.is_some_and(|ms| ms <= ASSERTION_MAX_MS) || !is_hex(&a.binding, 64) {
+        let life_ms = a.exp_ms.checked_sub(a.iat_ms);
+        if life_ms.is_none_or(|ms| ms > ASSERTION_MAX_MS) || !is_hex(&a.binding, 64) {
             return Err(Refusal::Authority);
         }
         return Ok(Authority::Assertion(a));

@@ -283,6 +283,7 @@ impl Inner {
         entry.data.insert("kms_pub".into(), state.sign_pub.into());
         ring.floor = self.log.append(Class::Host, entry).await?.index;
         *self.ring.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(ring));
+        self.metrics.epoch_is(epoch);
         tracing::info!(epoch, "unsealed");
         Ok(())
     }
@@ -358,7 +359,7 @@ impl Inner {
         if let Err(e) = published {
             tracing::warn!(error = %e, "account's log key not published yet");
         }
-        let (key, w) = match self.workspace_key(&ring, &workspace).await? {
+        let (key, w) = match self.workspace_key(&ring, &workspace, None).await? {
             Ok((key, w)) if w.account == *account => (key, w),
             Ok(_) => return Err(self.refuse(call, Refusal::Account, Some(&workspace)).await),
             Err(r) => return Err(self.refuse(call, r, Some(&workspace)).await),
@@ -390,15 +391,15 @@ impl Inner {
         };
         let workspace = &cleared.lease.workspace;
         // The owner before the nonce: a stranger's intent must not use anything up.
-        match self.store.workspace(workspace).await? {
-            None => return Err(self.refuse(call, Refusal::Unknown, Some(workspace)).await),
-            Some((w, _)) if w.account != *cleared.authority.account() => {
-                return Err(self.refuse(call, Refusal::Account, Some(workspace)).await);
-            }
-            Some((w, _)) if w.wrapped.is_none() => {
-                return Err(self.refuse(call, Refusal::Destroyed, Some(workspace)).await);
-            }
-            Some(_) => {}
+        let row = self.store.workspace(workspace).await?;
+        let why = match &row {
+            None => Some(Refusal::Unknown),
+            Some((w, _)) if w.account != *cleared.authority.account() => Some(Refusal::Account),
+            Some((w, _)) if w.wrapped.is_none() => Some(Refusal::Destroyed),
+            Some(_) => None,
+        };
+        if let Some(why) = why {
+            return Err(self.refuse(call, why, Some(workspace)).await);
         }
         let jti = match &cleared.authority {
             Authority::Assertion(a) => Some(a.jti.as_str()),
@@ -418,7 +419,7 @@ impl Inner {
         self.log
             .append(Class::Host, release_entry(call, &cleared))
             .await?;
-        let (key, w) = match self.workspace_key(&ring, workspace).await? {
+        let (key, w) = match self.workspace_key(&ring, workspace, row).await? {
             Ok(found) => found,
             Err(r) => return Err(self.refuse(call, r, Some(workspace)).await),
         };
@@ -463,13 +464,21 @@ impl Inner {
     }
 
     /// A living workspace's key, whatever epoch a rotation has reached meanwhile.
+    ///
+    /// `row` may have been read before: once a key is destroyed, its row's epoch is held no more,
+    /// and it is read again.
     async fn workspace_key(
         &self,
         ring: &Ring,
         id: &WorkspaceId,
+        mut row: Option<(store::Workspace, store::Account)>,
     ) -> api::Result<Result<(Key, store::Workspace), Refusal>> {
-        for _ in 0..3 {
-            let Some((w, a)) = self.store.workspace(id).await? else {
+        for _ in 0..4 {
+            let found = match row.take() {
+                None => self.store.workspace(id).await?,
+                known => known,
+            };
+            let Some((w, a)) = found else {
                 return Ok(Err(Refusal::Unknown));
             };
             if w.wrapped.is_none() {
@@ -575,7 +584,7 @@ impl Inner {
             .rotor
             .rotate(ring, Some(w.epoch), self.now_ms())
             .await?;
-        self.metrics.rotated(epoch_now);
+        self.metrics.epoch_is(epoch_now);
         let erasure = Erasure {
             workspace: id.clone(),
             key_versions: w.version,
@@ -621,7 +630,7 @@ impl Inner {
         let mut e = entry("kms.rotate", Phase::Outcome, request_id, "internal:kms");
         e.result = Some(if result.is_ok() { "ok" } else { "failed" }.into());
         if let Ok(epoch) = &result {
-            self.metrics.rotated(*epoch);
+            self.metrics.epoch_is(*epoch);
             e.data.insert("epoch".into(), (*epoch).into());
         }
         if self.log_closing(&e).await.is_err() {

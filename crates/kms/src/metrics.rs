@@ -38,7 +38,7 @@ impl Metrics {
         r.register("destroyed", "Keys destroyed", self.destroyed.clone());
         r.register(
             "epoch",
-            "The epoch in force, once it has changed",
+            "The epoch in force; 0 while sealed",
             self.epoch.clone(),
         );
     }
@@ -72,7 +72,7 @@ impl Metrics {
         self.destroyed.inc();
     }
 
-    pub(crate) fn rotated(&self, epoch: u64) {
+    pub(crate) fn epoch_is(&self, epoch: u64) {
         self.epoch.set(i64::try_from(epoch).unwrap_or(i64::MAX));
     }
 }

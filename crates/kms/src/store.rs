@@ -116,6 +116,9 @@ impl Store {
         if !create && !path.exists() {
             return Err(KmsError::NoState(path.to_owned()));
         }
+        if create {
+            file_private(path).map_err(KmsError::io("make", path))?;
+        }
         let options = SqliteConnectOptions::new()
             .filename(path)
             .create_if_missing(create)
@@ -600,6 +603,18 @@ pub async fn outbox_add(
         ));
     }
     Ok(())
+}
+
+/// Makes the file, if it is missing, for its owner only; SQLite's other files take after it.
+fn file_private(path: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let mut options = std::fs::OpenOptions::new();
+    options
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(path)
+        .map(drop)
 }
 
 fn account_of(row: &SqliteRow) -> Result<Account, KmsError> {

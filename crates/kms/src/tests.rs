@@ -366,3 +366,50 @@ async fn releases_go_on_while_the_epoch_changes() {
     assert_eq!(w.status().await.releases, 100);
     assert_eq!(w.status().await.epoch, 6);
 }
+
+/// Prints the rate of audited releases, the log's own work included:
+/// `cargo test --release -p casemate-kms -- --ignored --nocapture rate`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "a measurement"]
+async fn rate_of_audited_releases() {
+    const RELEASES: u64 = 4_000;
+    const AT_ONCE: usize = 128;
+    let w = std::sync::Arc::new(World::new().await);
+    for n in 0..100 {
+        w.create(&account((n % 10) as u8), &workspace(n))
+            .await
+            .unwrap();
+    }
+    let ready: Vec<Op> = (0..RELEASES)
+        .map(|n| {
+            let lease = w.lease(&workspace(n % 100));
+            let authority = w.sign_assertion(&w.assertion(&account((n % 10) as u8)));
+            let receipt = w.receipt(w.intent("workspace.start", authority, &lease));
+            let attestation = w.attest(&w.attestation(&lease, &hpke::SecretKey::generate()));
+            Op::Release {
+                receipt,
+                attestation,
+            }
+        })
+        .collect();
+    let gate = std::sync::Arc::new(tokio::sync::Semaphore::new(AT_ONCE));
+    let begun = std::time::Instant::now();
+    let calls: Vec<_> = ready
+        .into_iter()
+        .map(|op| {
+            let (w, gate) = (std::sync::Arc::clone(&w), std::sync::Arc::clone(&gate));
+            tokio::spawn(async move {
+                let _one = gate.acquire().await.unwrap();
+                w.call("host", op).await.unwrap();
+            })
+        })
+        .collect();
+    for call in calls {
+        call.await.unwrap();
+    }
+    let took = begun.elapsed();
+    println!(
+        "{RELEASES} releases in {took:?}: {:.0}/s",
+        RELEASES as f64 / took.as_secs_f64()
+    );
+}

@@ -5,7 +5,7 @@
 //! | assert | edge | the client's credential itself |
 //! | register, tokens, runtime, policy | control | mint's own assertion, by the owner |
 //! | forget | control | an assertion or a standing policy, by the owner |
-//! | token state; changes | control, host, edge; edge | nothing: it tells no secret |
+//! | token state; changes | control, host, edge, root; edge | nothing: it tells no secret |
 //! | accounts and keys | root | the peer's uid |
 //!
 //! Mutating acts are in the log before they happen. Closing ones (forget, revoke, disable) go
@@ -158,7 +158,7 @@ impl Mint {
             | Op::RuntimeEnable { .. }
             | Op::RawToken { .. }
             | Op::PolicySign { .. } => &["control"],
-            Op::TokenState { .. } => &["control", "host", "edge"],
+            Op::TokenState { .. } => &["control", "host", "edge", "root"],
             Op::AccountCreate { .. } | Op::KeyCreate { .. } | Op::KeyRevoke { .. } => &["root"],
         };
         if !allowed.contains(&call.peer.process.as_str()) {

@@ -91,6 +91,13 @@ impl Store {
         if !create && !path.exists() {
             return Err(MintError::NoState(path.display().to_string()));
         }
+        if create {
+            file_private(path).map_err(|source| MintError::Io {
+                operation: "make",
+                path: path.display().to_string(),
+                source,
+            })?;
+        }
         let options = SqliteConnectOptions::new()
             .filename(path)
             .create_if_missing(create)
@@ -324,6 +331,18 @@ async fn outbox_add(
         ));
     }
     Ok(())
+}
+
+/// Makes the file, if it is missing, for its owner only; SQLite's other files take after it.
+fn file_private(path: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let mut options = std::fs::OpenOptions::new();
+    options
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(path)
+        .map(drop)
 }
 
 fn api_key_of(row: &SqliteRow) -> Result<ApiKey, MintError> {

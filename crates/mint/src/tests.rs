@@ -699,7 +699,7 @@ async fn each_operation_has_its_caller() {
                 Op::TokenState {
                     workspace: workspace(),
                 },
-                &["control", "host", "edge"],
+                &["control", "host", "edge", "root"],
             ),
             (
                 Op::Changes {
