@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::mount::{MountFlags, UnmountFlags};
-use rustix::process::Signal;
+use rustix::process::{Signal, WaitId, WaitIdOptions};
 use rustix::system::RebootCommand;
 
 use crate::attach::DISK;
@@ -29,10 +29,13 @@ pub fn processes_end() {
     }
 }
 
-/// Whether a process that can get a signal is left.
+/// Whether a process of the workspace is left: each descends from a child of PID 1.
 fn others() -> bool {
-    // SAFETY: signal 0 is none.
-    unsafe { libc::kill(-1, 0) == 0 }
+    let look = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT | WaitIdOptions::NOHANG;
+    !matches!(
+        rustix::process::waitid(WaitId::All, look),
+        Err(rustix::io::Errno::CHILD)
+    )
 }
 
 /// Syncs the disk and lets it go: clean on the medium when this returns, even if something still
