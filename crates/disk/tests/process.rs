@@ -286,7 +286,7 @@ fn holds(file: &File, needle: &[u8]) -> bool {
 }
 
 #[test]
-fn written_data_is_there_after_a_new_start_and_only_ciphertext_at_rest() {
+fn i8_written_data_is_there_after_a_new_start_and_only_ciphertext_at_rest() {
     let canary = b"the quick brown canary 8b51b4a1";
     let backing = tempfile::tempfile().unwrap();
     let template = file_with(

@@ -8,7 +8,7 @@ const ACT: &str = "CASEMATE_DISK_TEST_ACT";
 
 /// Runs one act in a child of its own, behind the sandbox.
 #[test]
-fn forbidden_acts_kill_and_allowed_ones_do_not() {
+fn i9_forbidden_acts_kill_and_allowed_ones_do_not() {
     for (act, killed) in [
         ("nothing", false),
         ("allocate", false),

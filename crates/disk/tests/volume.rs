@@ -216,7 +216,7 @@ fn all_of<B: Backing>(volume: &Volume<B>) -> Vec<u8> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
     #[test]
-    fn is_a_disk_also_after_a_power_cut(steps in proptest::collection::vec(step(), 1..40)) {
+    fn i10_is_a_disk_also_after_a_power_cut(steps in proptest::collection::vec(step(), 1..40)) {
         let key = VolumeKey::random();
         let mut store = Store::default();
         let mut volume = Volume::new(store.clone(), &key, SIZE as u64).unwrap();
