@@ -15,7 +15,7 @@ use crate::check::{self, Authority, Cleared, Refusal, Trust};
 use crate::error::KmsError;
 use crate::fault::{Faults, Step};
 use crate::keyring::{Key, Place, account_log_key, epoch_root, identity_seed, purpose_key};
-use crate::limits::{CLOSING_LOG_WAIT, LOG_OPEN_MAX, REASON_MAX_BYTES};
+use crate::limits::{CLOSING_LOG_WAIT, GRANT_BYTES_MAX, LOG_OPEN_MAX, REASON_MAX_BYTES};
 use crate::metrics::Metrics;
 use crate::once::Once;
 use crate::ring::{Ring, account_unwrap, account_wrap};
@@ -24,7 +24,7 @@ use crate::slots::Slots;
 use crate::store::{self, Store};
 use crate::unseal::Means;
 use api::audit::{Class, Entry, Phase};
-use api::kms::{Destroyed, Erasure, Grant, Identity, KeyCreated, Op, Released, Status, Unseal};
+use api::kms::{Grant, Identity, KeyCreated, Op, Released, Status, Unseal};
 use api::{Error, ErrorCode, context};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -59,14 +59,14 @@ pub struct Kms(Arc<Inner>);
 
 pub(crate) struct Inner {
     dir: PathBuf,
-    trust: Trust,
+    pub(crate) trust: Trust,
     pub(crate) log: Log,
     clock: Clock,
-    faults: Faults,
+    pub(crate) faults: Faults,
     means: Means,
     pub(crate) store: Arc<Store>,
     slots: Arc<Slots>,
-    rotor: Rotor,
+    pub(crate) rotor: Rotor,
     ring: RwLock<Option<Arc<Ring>>>,
     /// One unsealing at a time; each costs 64 MiB.
     unsealing: tokio::sync::Mutex<()>,
@@ -191,7 +191,7 @@ impl Kms {
 /// One request: who, which, what.
 pub(crate) struct Call {
     peer: Peer,
-    request_id: String,
+    pub(crate) request_id: String,
     op: &'static str,
 }
 
@@ -451,10 +451,16 @@ impl Inner {
             gateway_key: self.trust.gateway.to_hex(),
             edge_key: self.trust.edge.to_hex(),
         };
-        let clear = serde_json::to_vec(&grant).map(seal::Zeroizing::new);
+        // Sized beforehand: growing would leave copies behind.
+        let mut clear = seal::Zeroizing::new(Vec::with_capacity(GRANT_BYTES_MAX));
+        let written = serde_json::to_writer(&mut *clear, &grant);
         seal::Zeroize::zeroize(&mut grant.disk_key);
         seal::Zeroize::zeroize(&mut grant.identity_seed);
-        let clear = clear.map_err(|_| Error::internal("a grant that is no JSON"))?;
+        written.map_err(|_| Error::internal("a grant that is no JSON"))?;
+        assert!(
+            clear.len() <= GRANT_BYTES_MAX,
+            "a grant's fields are bounded"
+        );
         let aad = c.intent.leaf_digest;
         let sealed = seal::hpke::seal(&c.hpke_pub, context::RELEASE.as_bytes(), &aad, &clear);
         Ok(Released {
@@ -491,129 +497,6 @@ impl Inner {
         Err(Error::internal(
             "the epoch changed three times while one key was read",
         ))
-    }
-
-    async fn destroy(
-        &self,
-        call: &Call,
-        workspace: &WorkspaceId,
-        authority: &str,
-    ) -> api::Result<Destroyed> {
-        let ring = self.ring()?;
-        let checked = check::destroy(&self.trust, workspace, authority, self.now_ms());
-        let by = match checked {
-            Ok(by) => by,
-            Err(r) => return Err(self.refuse(call, r, Some(workspace)).await),
-        };
-        match self.store.workspace(workspace).await? {
-            None => return Err(self.refuse(call, Refusal::Unknown, Some(workspace)).await),
-            Some((w, _)) if w.account != *by.account() => {
-                return Err(self.refuse(call, Refusal::Account, Some(workspace)).await);
-            }
-            Some((
-                store::Workspace {
-                    receipt: Some(receipt),
-                    ..
-                },
-                _,
-            )) => {
-                return Ok(Destroyed { receipt });
-            }
-            Some(_) => {}
-        }
-        self.doomed().insert(workspace.clone());
-        let mut intent = entry(
-            "kms.destroy",
-            Phase::Intent,
-            &call.request_id,
-            by.key().as_str(),
-        );
-        intent.account = Some(by.account().clone());
-        intent.subject = Some(workspace.to_string());
-        intent.authority = Some(authority.to_owned());
-        let spooled = match self.log_closing(&intent).await {
-            Ok(()) => None,
-            Err(_) => Some(intent),
-        };
-        if let Err(e) = self.erase(workspace, spooled).await {
-            // Nothing was erased, so the key may go on living.
-            self.doomed().remove(workspace);
-            return Err(e.into());
-        }
-        let receipt = self
-            .erasure_finish(&ring, workspace, &call.request_id)
-            .await?;
-        self.doomed().remove(workspace);
-        Ok(Destroyed { receipt })
-    }
-
-    /// Erases the record and leaves a tombstone that names the epoch it could be opened in.
-    async fn erase(&self, id: &WorkspaceId, spooled: Option<Entry>) -> Result<(), KmsError> {
-        self.faults.at(Step::Erase)?;
-        let mut tx = self.store.begin().await?;
-        let epoch = store::state(&mut tx)
-            .await?
-            .ok_or(KmsError::Unseal("no state"))?
-            .epoch;
-        if let Some(blob) = store::workspace_wrapped(&mut tx, id).await? {
-            let digest = hex::encode(seal::hash::sha256(&blob));
-            store::workspace_erase(&mut tx, id, epoch, &digest, self.now_ms()).await?;
-        }
-        if let Some(entry) = spooled {
-            outbox_put(&mut tx, Class::Host, &entry).await?;
-        }
-        tx.commit()
-            .await
-            .map_err(KmsError::store("erase workspace key"))
-    }
-
-    /// Punctures, signs and stores the receipt of an erased key: takes up where a crash left it.
-    pub(crate) async fn erasure_finish(
-        &self,
-        ring: &Ring,
-        id: &WorkspaceId,
-        request_id: &str,
-    ) -> Result<String, KmsError> {
-        let damaged = || KmsError::Damaged {
-            operation: "finish erasure",
-            subject: id.to_string(),
-        };
-        let (w, _) = self.store.workspace(id).await?.ok_or_else(damaged)?;
-        self.faults.at(Step::Puncture)?;
-        let epoch_now = self
-            .rotor
-            .rotate(ring, Some(w.epoch), self.now_ms())
-            .await?;
-        self.metrics.epoch_is(epoch_now);
-        let erasure = Erasure {
-            workspace: id.clone(),
-            key_versions: w.version,
-            record_digest: w.record_digest.ok_or_else(damaged)?,
-            epoch_destroyed: w.epoch,
-            epoch_now,
-            time_ms: w.destroyed_ms.ok_or_else(damaged)?,
-        };
-        assert!(
-            erasure.check().is_ok(),
-            "a receipt is signed after the puncture only"
-        );
-        let receipt = Signed::new(&ring.sign, context::ERASURE, &erasure).to_string();
-        self.faults.at(Step::ReceiptStore)?;
-        self.store.receipt_store(id, &receipt).await?;
-        self.faults.at(Step::ReceiptAnswer)?;
-        self.metrics.destroyed();
-        let mut outcome = entry("kms.destroy", Phase::Outcome, request_id, "internal:kms");
-        outcome.account = Some(w.account);
-        outcome.subject = Some(id.to_string());
-        outcome.result = Some("ok".into());
-        outcome
-            .data
-            .insert("receipt".into(), receipt.as_str().into());
-        if self.log_closing(&outcome).await.is_err() {
-            let text = entry_text(&outcome)?;
-            self.store.outbox_add(Class::Host.name(), &text).await?;
-        }
-        Ok(receipt)
     }
 
     async fn rotate(&self, call: &Call) -> api::Result<Status> {
@@ -680,7 +563,12 @@ impl Inner {
     }
 
     /// Logs and flags a refusal; answers what the caller may know.
-    async fn refuse(&self, call: &Call, why: Refusal, subject: Option<&WorkspaceId>) -> Error {
+    pub(crate) async fn refuse(
+        &self,
+        call: &Call,
+        why: Refusal,
+        subject: Option<&WorkspaceId>,
+    ) -> Error {
         self.metrics.refused(why);
         let mut e = entry("kms.refused", Phase::Fact, &call.request_id, "internal:kms");
         e.subject = subject.map(ToString::to_string);
@@ -709,7 +597,7 @@ impl Inner {
     }
 
     /// Logs for a closing act, which does not wait long for a log that is down.
-    async fn log_closing(&self, entry: &Entry) -> Result<(), ()> {
+    pub(crate) async fn log_closing(&self, entry: &Entry) -> Result<(), ()> {
         let append = self.log.append(Class::Host, entry.clone());
         match tokio::time::timeout(CLOSING_LOG_WAIT, append).await {
             Ok(Ok(_)) => Ok(()),
@@ -717,7 +605,7 @@ impl Inner {
         }
     }
 
-    fn doomed(&self) -> std::sync::MutexGuard<'_, HashSet<WorkspaceId>> {
+    pub(crate) fn doomed(&self) -> std::sync::MutexGuard<'_, HashSet<WorkspaceId>> {
         self.doomed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -740,14 +628,6 @@ pub(crate) fn entry(event: &str, phase: Phase, request_id: &str, actor: &str) ->
 
 pub(crate) fn entry_text(e: &Entry) -> Result<String, KmsError> {
     serde_json::to_string(e).map_err(|_| KmsError::Unseal("an entry that is no JSON"))
-}
-
-async fn outbox_put(
-    conn: &mut sqlx::SqliteConnection,
-    class: Class,
-    e: &Entry,
-) -> Result<(), KmsError> {
-    store::outbox_add(conn, class.name(), &entry_text(e)?).await
 }
 
 fn release_entry(call: &Call, c: &Cleared) -> Entry {

@@ -7,7 +7,7 @@
 //! | [`once`] | what may be used once |
 //! | [`keyring`], [`ring`] | how keys hang together; the unsealed ones in memory |
 //! | [`store`], [`slots`], [`unseal`] | what is at rest: wrapped keys, epoch secrets, the way in |
-//! | [`rotate`] | a new epoch; what was erased becomes unrecoverable |
+//! | [`rotate`], `destroy` | a new epoch; what was erased becomes unrecoverable |
 //! | [`duties`] | what it does without being asked |
 //!
 //! Must never have a route to guests, give an unaudited answer, or let a plaintext key out.
@@ -15,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 pub mod check;
+mod destroy;
 pub mod duties;
 pub mod error;
 pub mod fault;

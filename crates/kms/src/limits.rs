@@ -14,6 +14,8 @@ pub const DESTROY_AUTHORITY_MAX_MS: u64 = 24 * 3_600_000;
 pub const NONCES_MAX: usize = 200_000;
 /// Length of a lease's nonce, hex digits.
 pub const NONCE_HEX_CHARS: usize = 64;
+/// Room for a grant in clear, bytes.
+pub const GRANT_BYTES_MAX: usize = 1_024;
 /// How often the epoch changes by itself, ms.
 pub const EPOCH_MAX_AGE_MS: u64 = 24 * 3_600_000;
 /// How often duties without a request are looked after.

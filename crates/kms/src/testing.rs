@@ -32,6 +32,9 @@ pub(crate) struct FakeLog {
     pub(crate) key: SigningKey,
     clock: Clock,
     pub(crate) down: AtomicBool,
+    /// While held, entries `kms.release` are told of through `arrived` and not answered.
+    pub(crate) hold: tokio::sync::RwLock<()>,
+    pub(crate) arrived: tokio::sync::Notify,
     inner: Mutex<LogInner>,
 }
 
@@ -49,6 +52,8 @@ impl FakeLog {
             key: SigningKey::from_seed(&[0xa0; 32]),
             clock,
             down: AtomicBool::new(false),
+            hold: tokio::sync::RwLock::default(),
+            arrived: tokio::sync::Notify::new(),
             inner: Mutex::default(),
         })
     }
@@ -122,7 +127,13 @@ impl FakeLog {
             return Err(api::Error::new(api::ErrorCode::AuditUnavailable, "down"));
         }
         match op {
-            api::audit::Op::Append { class, entry, .. } => ok(&self.append("kms", class, *entry)),
+            api::audit::Op::Append { class, entry, .. } => {
+                if entry.event == "kms.release" {
+                    self.arrived.notify_one();
+                    drop(self.hold.read().await);
+                }
+                ok(&self.append("kms", class, *entry))
+            }
             api::audit::Op::DayKeys { keys } => {
                 self.inner.lock().unwrap().days.extend(keys);
                 ok(&true)

@@ -248,3 +248,26 @@ async fn destructions_at_once_share_a_rotation() {
     );
     assert_eq!(slots(&w), [status.epoch.to_string()]);
 }
+
+/// A release that waits for the log while its key is destroyed: whoever holds the receipt may
+/// rely on nothing being released any more.
+#[tokio::test]
+async fn a_release_under_way_is_overtaken_by_the_destruction() {
+    let w = World::new().await;
+    let (me, ws) = (account(1), workspace(1));
+    w.create(&me, &ws).await.unwrap();
+    w.release(&me, &ws).await.unwrap();
+    w.log.arrived.notified().await;
+    let held = w.log.hold.write().await;
+    let release = w.release(&me, &ws);
+    let destroy = async {
+        w.log.arrived.notified().await;
+        let receipt = w.destroy(&me, &ws).await;
+        drop(held);
+        receipt
+    };
+    let (released, receipt) = tokio::join!(release, destroy);
+    receipt.unwrap();
+    assert_eq!(released.err().unwrap().code, ErrorCode::Conflict);
+    assert_eq!(w.status().await.releases, 1);
+}
