@@ -6,8 +6,9 @@
 //! itself, before it touches what comes from outside, so no call that makes a thread, a process or
 //! a descriptor is on the list.
 //!
-//! The list was found by running the tests under `strace -f` and, with the action `log` in place
-//! of `kill`, by what the kernel reported; then each entry was asked for its reason.
+//! To find what is missing after a change: run the tests under `strace -f`; the last call before
+//! `killed by SIGSYS` is it. Then it needs its reason here. (`SeccompAction::Log` in place of
+//! `KillProcess` reports all of them at once, where the kernel's log can be read.)
 
 use landlock::{ABI, Access, AccessFs, AccessNet, Ruleset, RulesetAttr, RulesetStatus, Scope};
 use seccompiler::{

@@ -642,3 +642,46 @@ fn the_rates_hold() {
         disk.close();
     }
 }
+
+/// A file on a tmpfs of so many bytes, attached nowhere.
+fn file_on_small_storage(size_bytes: u64) -> File {
+    let fs = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).unwrap();
+    rustix::mount::fsconfig_set_string(&fs, "size", size_bytes.to_string()).unwrap();
+    rustix::mount::fsconfig_create(&fs).unwrap();
+    let flags = FsMountFlags::FSMOUNT_CLOEXEC;
+    let mount = rustix::mount::fsmount(&fs, flags, MountAttrFlags::empty()).unwrap();
+    let (flags, mode) = (
+        rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CREATE,
+        0o600.into(),
+    );
+    rustix::fs::openat(&mount, "disk", flags, mode)
+        .unwrap()
+        .into()
+}
+
+#[test]
+fn full_storage_is_enospc_to_the_guest_and_its_own_code_to_warden() {
+    let tiny = file_on_small_storage(100 << 10);
+    let (_disk, answer) = Disk::start(&tiny, None, &fresh());
+    let FromDisk::Failed { code, .. } = answer else {
+        panic!("{answer:?}")
+    };
+    assert_eq!(code, api::ErrorCode::StorageFull);
+
+    let backing = file_on_small_storage(4 << 20);
+    let disk = Disk::started(&backing, None, &fresh());
+    let file = disk.open().unwrap();
+    file.write_all_at(b"kept", VOLUME).unwrap();
+    let full = file
+        .write_all_at(&vec![1; 8 << 20], VOLUME + (8 << 20))
+        .unwrap_err();
+    assert_eq!(full.raw_os_error(), Some(libc::ENOSPC));
+    let flags = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+    rustix::fs::fallocate(&file, flags, VOLUME + (8 << 20), 8 << 20).unwrap();
+    file.write_all_at(&[2; 1 << 20], VOLUME + (1 << 20))
+        .unwrap();
+    file.sync_data().unwrap();
+    assert_eq!(&read(&file, VOLUME, 4), b"kept");
+    drop(file);
+    disk.close();
+}
