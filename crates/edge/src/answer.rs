@@ -22,10 +22,24 @@ impl Refusal {
         Error::new(code, message).into()
     }
 
+    /// Whether the client's words could be taken in two ways, or were not for this server.
+    #[must_use]
+    pub fn is_malformed(&self) -> bool {
+        matches!(
+            self.error.code,
+            ErrorCode::BadRequest | ErrorCode::Misdirected | ErrorCode::MethodNotAllowed
+        )
+    }
+
     /// The answer; what the operator must know goes to the log, never to the client.
     #[must_use]
     pub fn response(&self, request_id: &str) -> Response<Payload> {
-        if self.status.is_server_error() && self.error.code != ErrorCode::NotSupported {
+        // What a guest does is its owner's affair, and none of this log's (EDGE-3).
+        let not_ours = matches!(
+            self.error.code,
+            ErrorCode::NotSupported | ErrorCode::BadGateway | ErrorCode::Timeout
+        );
+        if self.status.is_server_error() && !not_ours {
             let detail = self.error.detail.as_deref().unwrap_or("");
             let code = self.error.code.as_str();
             tracing::warn!(request_id, code, detail, "not served");

@@ -29,7 +29,9 @@ pub type Payload = UnsyncBoxBody<Bytes, BodyError>;
 /// A body that is there already.
 #[must_use]
 pub fn full(bytes: impl Into<Bytes>) -> Payload {
-    Full::new(bytes.into()).map_err(|never| match never {}).boxed_unsync()
+    Full::new(bytes.into())
+        .map_err(|never| match never {})
+        .boxed_unsync()
 }
 
 /// A body passed through frame by frame: the next one is asked for when the receiver takes it.
@@ -53,7 +55,7 @@ impl AtEnd for () {
 
 impl<K: AtEnd + Send + Unpin + 'static> Relay<K> {
     /// Passes `inner` on until `cut`, adding to `bytes`.
-    pub fn new(
+    pub fn payload(
         inner: Incoming,
         cut: Option<CancellationToken>,
         bytes: Arc<AtomicU64>,
@@ -63,7 +65,13 @@ impl<K: AtEnd + Send + Unpin + 'static> Relay<K> {
             kept.at_end();
         }
         let cut = cut.map(|c| Box::pin(c.cancelled_owned()));
-        Self { inner, cut, bytes, kept }.boxed_unsync()
+        Self {
+            inner,
+            cut,
+            bytes,
+            kept,
+        }
+        .boxed_unsync()
     }
 }
 
@@ -113,7 +121,10 @@ pub struct Guarded<G> {
 impl<G: Send + Unpin + 'static> Guarded<G> {
     /// Keeps `guard` until the body has been sent or given up.
     pub fn new(inner: Payload, guard: G) -> Self {
-        Self { inner, _guard: guard }
+        Self {
+            inner,
+            _guard: guard,
+        }
     }
 }
 

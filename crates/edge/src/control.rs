@@ -19,10 +19,11 @@ use tokio::net::UnixStream;
 
 use crate::answer::Refusal;
 use crate::body::{Payload, Relay, full};
+use crate::crowd::{Crowd, Place};
 use crate::headers;
 use crate::limits::{
-    CLIENT_ID_MAX_BYTES, CLIENT_SECRET_MAX_BYTES, CONTROL_ANSWER_MAX, CONTROL_BODY_READ_MAX,
-    CONTROL_IDLE_MAX,
+    CLIENT_ID_MAX_BYTES, CLIENT_SECRET_MAX_BYTES, CONTROL_ANSWER_MAX, CONTROL_BODIES_MAX_KIB,
+    CONTROL_BODIES_PER_SOURCE_MAX_KIB, CONTROL_BODY_READ_MAX, CONTROL_IDLE_MAX,
 };
 use crate::server::Seen;
 use crate::upstream::{Link, Pool, broken};
@@ -32,13 +33,20 @@ pub struct Control {
     mint: Client,
     socket: PathBuf,
     pool: Pool<()>,
+    room: Arc<Crowd>,
 }
 
 impl Control {
     /// Over control's HTTP socket, with mint's client.
     #[must_use]
     pub fn new(mint: Client, socket: PathBuf) -> Self {
-        Self { mint, socket, pool: Pool::new(CONTROL_IDLE_MAX) }
+        let room = Crowd::new(CONTROL_BODIES_MAX_KIB, CONTROL_BODIES_PER_SOURCE_MAX_KIB);
+        Self {
+            mint,
+            socket,
+            pool: Pool::new(CONTROL_IDLE_MAX),
+            room,
+        }
     }
 
     /// Serves one request.
@@ -51,11 +59,21 @@ impl Control {
         request: Request<Incoming>,
     ) -> Result<Response<Payload>, Refusal> {
         let (parts, body) = request.into_parts();
-        let target = parts.uri.path_and_query().map_or("/", |p| p.as_str()).to_owned();
-        let open = parts.method == Method::GET
-            && matches!(parts.uri.path(), "/openapi.json" | "/health");
+        let target = parts
+            .uri
+            .path_and_query()
+            .map_or("/", |p| p.as_str())
+            .to_owned();
+        let open =
+            parts.method == Method::GET && matches!(parts.uri.path(), "/openapi.json" | "/health");
         // Before the body: who shows nothing gets nothing.
-        let credential = if open { None } else { Some(credential(&parts.headers)?) };
+        let credential = if open {
+            None
+        } else {
+            Some(credential(&parts.headers)?)
+        };
+        // Held until the answer begins: the body is on its way until then.
+        let _place = self.place(seen, &body)?;
         let body = collect(seen, body).await?;
         let mut onward = Request::new(full(body.clone()));
         *onward.method_mut() = parts.method.clone();
@@ -67,19 +85,39 @@ impl Control {
         set(ours, "casemate-source-ip", &seen.source.to_string())?;
         if let Some(credential) = credential {
             let hash = request_hash(parts.method.as_str(), &target, &body);
-            let op = mint::Op::Assert { credential, binding: hex(&hash) };
+            let op = mint::Op::Assert {
+                credential,
+                binding: hex(&hash),
+            };
             let asserted: mint::Signed = self.mint.call(&seen.request_id, &op).await?;
             set(ours, "casemate-assertion", &asserted.signed)?;
         }
         let head = parts.method == Method::HEAD;
         let (mut answer, lease) = self.send(onward).await?;
         *answer.headers_mut() = headers::to_client(answer.headers(), false, head);
-        Ok(answer.map(|body| Relay::new(body, None, seen.bytes(), lease)))
+        Ok(answer.map(|body| Relay::payload(body, None, seen.bytes(), lease)))
     }
 
     /// Closes idle connections that are old.
     pub fn sweep(&self) {
         self.pool.sweep(|()| true);
+    }
+
+    /// Room for a body.
+    fn place(&self, seen: &Seen, body: &Incoming) -> Result<Option<Place>, Refusal> {
+        if body.is_end_stream() {
+            return Ok(None);
+        }
+        let max = CONTROL_BODY_MAX_BYTES as u64;
+        let size = body.size_hint().upper().unwrap_or(max).min(max);
+        let units = u32::try_from(size.div_ceil(1024).max(1)).unwrap_or(u32::MAX);
+        let place = self.room.enter(seen.source, units).ok_or_else(|| {
+            Refusal::new(
+                ErrorCode::RateLimited,
+                "too many request bodies at once; try again",
+            )
+        })?;
+        Ok(Some(place))
     }
 
     async fn send(
@@ -122,8 +160,13 @@ fn credential(headers: &HeaderMap) -> Result<Credential, Refusal> {
     let id = only(headers, "x-client-id", CLIENT_ID_MAX_BYTES)?;
     let secret = only(headers, "x-client-secret", CLIENT_SECRET_MAX_BYTES)?;
     match (id, secret) {
-        (Some(client_id), Some(client_secret)) => Ok(Credential::ApiKey { client_id, client_secret }),
-        (None, None) => Ok(Credential::Bearer { token: bearer(headers)?.ok_or_else(missing)? }),
+        (Some(client_id), Some(client_secret)) => Ok(Credential::ApiKey {
+            client_id,
+            client_secret,
+        }),
+        (None, None) => Ok(Credential::Bearer {
+            token: bearer(headers)?.ok_or_else(missing)?,
+        }),
         _ => Err(missing()),
     }
 }
@@ -166,7 +209,10 @@ async fn collect(seen: &Seen, body: Incoming) -> Result<Bytes, Refusal> {
     let too_large = || {
         Refusal::new(
             ErrorCode::TooLarge,
-            format!("the body must be at most {} KiB", CONTROL_BODY_MAX_BYTES >> 10),
+            format!(
+                "the body must be at most {} KiB",
+                CONTROL_BODY_MAX_BYTES >> 10
+            ),
         )
     };
     if body.size_hint().lower() > CONTROL_BODY_MAX_BYTES as u64 {
@@ -181,7 +227,10 @@ async fn collect(seen: &Seen, body: Incoming) -> Result<Bytes, Refusal> {
         }
         Ok(Err(e)) if e.is::<http_body_util::LengthLimitError>() => Err(too_large()),
         Ok(Err(_)) => Err(Refusal::new(ErrorCode::BadRequest, "the body broke off")),
-        Err(_) => Err(Refusal::new(ErrorCode::BadRequest, "the body took longer than 30 s")),
+        Err(_) => Err(Refusal::new(
+            ErrorCode::BadRequest,
+            "the body took longer than 30 s",
+        )),
     }
 }
 
@@ -220,10 +269,16 @@ mod tests {
     fn one_credential_or_none() {
         let key = ("x-client-id", "key_1");
         let secret = ("x-client-secret", "s");
-        assert!(matches!(check(&[key, secret]), Ok(Credential::ApiKey { .. })));
+        assert!(matches!(
+            check(&[key, secret]),
+            Ok(Credential::ApiKey { .. })
+        ));
         let token = ("authorization", "bearer  t ");
         assert!(matches!(check(&[token]), Ok(Credential::Bearer { token }) if token == "t"));
-        assert!(matches!(check(&[key, secret, token]), Ok(Credential::ApiKey { .. })));
+        assert!(matches!(
+            check(&[key, secret, token]),
+            Ok(Credential::ApiKey { .. })
+        ));
         let long = "a".repeat(5_000);
         for bad in [
             &[][..],

@@ -107,7 +107,11 @@ impl News {
 
 async fn ask(source: Source, client: &Client, since: u64, wait_ms: u64) -> api::Result<News> {
     // A full read of many states may take longer than a question for news.
-    let within = if since == 0 { Duration::from_secs(10) } else { FEED_STALE_MAX };
+    let within = if since == 0 {
+        Duration::from_secs(10)
+    } else {
+        FEED_STALE_MAX
+    };
     let id = "edge.feed";
     match source {
         Source::Mint => client
@@ -126,22 +130,27 @@ pub async fn tell_guests(table: Arc<Table>, guests: Arc<Guests>, metrics: Arc<Me
     let room = Arc::new(Semaphore::new(PUSHES_MAX));
     loop {
         table.changed.notified().await;
+        // What a change closed is closed now, idle connections too.
+        guests.sweep(&table);
         let free = room.available_permits();
         for push in table.to_tell(free) {
             let Ok(permit) = Arc::clone(&room).acquire_owned().await else {
                 return;
             };
-            let (table, guests, metrics) =
-                (Arc::clone(&table), Arc::clone(&guests), Arc::clone(&metrics));
+            let (table, guests, metrics) = (
+                Arc::clone(&table),
+                Arc::clone(&guests),
+                Arc::clone(&metrics),
+            );
             tokio::spawn(async move {
                 let told = tokio::time::timeout(PUSH_MAX, guests.tell(&push)).await;
                 let taken = matches!(told, Ok(Ok(())));
+                drop(permit);
                 if !taken {
                     metrics.pushes_failed.inc();
                     // Its start may be over; if not, it is offered again.
                     tokio::time::sleep(PUSH_RETRY).await;
                 }
-                drop(permit);
                 table.told(&push, taken);
             });
         }

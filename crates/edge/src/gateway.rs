@@ -79,7 +79,12 @@ impl Gateway {
         }
         let live = Arc::new(live);
         let cut = live.cut();
-        let upload = Relay::new(body, Some(cut.clone()), seen.bytes(), Upload(Arc::clone(&live)));
+        let upload = Relay::payload(
+            body,
+            Some(cut.clone()),
+            seen.bytes(),
+            Upload(Arc::clone(&live)),
+        );
         let onward = onward(&parts, upload, &seen.request_id)?;
         let answered = tokio::select! {
             biased;
@@ -88,12 +93,16 @@ impl Gateway {
         };
         let (mut answer, lease) = answered.map_err(|e| {
             // A cut closes the connection, and either may be noticed first.
-            if cut.is_cancelled() { self.why_cut(&workspace, &claims) } else { e }
+            if cut.is_cancelled() {
+                self.why_cut(&workspace, &claims)
+            } else {
+                e
+            }
         })?;
         let head = parts.method == Method::HEAD;
         *answer.headers_mut() = headers::to_client(answer.headers(), true, head);
         let held = Held { lease, _live: live };
-        Ok(answer.map(|body| Relay::new(body, Some(cut), seen.bytes(), held)))
+        Ok(answer.map(|body| Relay::payload(body, Some(cut), seen.bytes(), held)))
     }
 
     /// The workspace and claims of a request's token, if the token is good.
@@ -114,9 +123,10 @@ impl Gateway {
         let now_s = self.clock.now_s();
         let claims: GatewayClaims = jwt::verify(&token, &[self.key], workspace.as_str(), now_s)
             .map_err(|e| match e {
-                JwtError::Expired => {
-                    Refusal::new(ErrorCode::TokenExpired, "the token has expired; get a new one")
-                }
+                JwtError::Expired => Refusal::new(
+                    ErrorCode::TokenExpired,
+                    "the token has expired; get a new one",
+                ),
                 JwtError::Invalid(_) => wrong(),
             })?;
         if claims.iss != "casemate" {
@@ -129,7 +139,10 @@ impl Gateway {
     fn why_cut(&self, workspace: &WorkspaceId, claims: &GatewayClaims) -> Error {
         match self.table.admit(workspace, claims) {
             Err(e) => e,
-            Ok(_) => Error::new(ErrorCode::Unavailable, "the workspace was restarted; try again"),
+            Ok(_) => Error::new(
+                ErrorCode::Unavailable,
+                "the workspace was restarted; try again",
+            ),
         }
     }
 }
@@ -146,13 +159,21 @@ fn is_reserved(path: &str) -> bool {
 /// Paths by which the edge itself speaks to a guest: a client's words must not pass for the
 /// edge's.
 fn is_platforms(path: &str) -> bool {
-    path.trim_start_matches('/').to_ascii_lowercase().starts_with("casemate")
+    path.trim_start_matches('/')
+        .to_ascii_lowercase()
+        .starts_with("casemate")
 }
 
 /// `?token=`; a JWT needs no percent sign.
 fn query_token(parts: &Parts) -> Option<String> {
-    let mut all = parts.uri.query()?.split('&').filter_map(|p| p.strip_prefix("token="));
-    let token = all.next().filter(|t| !t.is_empty() && t.len() <= seal::limits::JWT_MAX_BYTES)?;
+    let mut all = parts
+        .uri
+        .query()?
+        .split('&')
+        .filter_map(|p| p.strip_prefix("token="));
+    let token = all
+        .next()
+        .filter(|t| !t.is_empty() && t.len() <= seal::limits::JWT_MAX_BYTES)?;
     all.next().is_none().then(|| token.to_owned())
 }
 
@@ -163,7 +184,9 @@ fn onward(parts: &Parts, body: Payload, request_id: &str) -> Result<Request<Payl
     *onward.uri_mut() = target.parse().map_err(Error::internal)?;
     *onward.headers_mut() = headers::to_guest(&parts.headers);
     let id = HeaderValue::from_str(request_id).map_err(Error::internal)?;
-    onward.headers_mut().insert(HeaderName::from_static("casemate-request-id"), id);
+    onward
+        .headers_mut()
+        .insert(HeaderName::from_static("casemate-request-id"), id);
     Ok(onward)
 }
 
@@ -177,7 +200,15 @@ mod tests {
         for yes in ["/ws", "/proxy", "/proxy/3000/x", "/runtimes/default/ws"] {
             assert!(is_reserved(yes), "{yes}");
         }
-        for no in ["/", "/wsx", "/exec", "/proxyx", "/x/ws", "/runtimes/ws", "/runtimes/"] {
+        for no in [
+            "/",
+            "/wsx",
+            "/exec",
+            "/proxyx",
+            "/x/ws",
+            "/runtimes/ws",
+            "/runtimes/",
+        ] {
             assert!(!is_reserved(no), "{no}");
         }
         assert!(is_platforms("/casemate/v1/token-state") && is_platforms("//Casemate"));

@@ -41,7 +41,12 @@ impl Guests {
     /// None yet.
     #[must_use]
     pub fn new(identity: Identity, metrics: Arc<Metrics>) -> Self {
-        Self { identity, leaf: Mutex::new(None), pool: Pool::new(GUEST_IDLE_MAX), metrics }
+        Self {
+            identity,
+            leaf: Mutex::new(None),
+            pool: Pool::new(GUEST_IDLE_MAX),
+            metrics,
+        }
     }
 
     /// Sends a request to a guest. `opened` is told of each connection before it is used.
@@ -94,7 +99,8 @@ impl Guests {
     /// If the guest did not take it.
     pub async fn tell(&self, push: &Push) -> Result<(), Error> {
         let body = serde_json::json!({ "signed": push.signed }).to_string();
-        let mut request = Request::post(Uri::from_static(TOKEN_STATE_PATH)).body(full(body))
+        let mut request = Request::post(Uri::from_static(TOKEN_STATE_PATH))
+            .body(full(body))
             .map_err(Error::internal)?;
         let json = HeaderValue::from_static("application/json");
         request.headers_mut().insert(header::CONTENT_TYPE, json);
@@ -103,13 +109,16 @@ impl Guests {
         if response.status().is_success() || response.status() == StatusCode::CONFLICT {
             return Ok(());
         }
-        Err(Error::new(ErrorCode::BadGateway, "the guest refused its token state")
-            .detail(response.status()))
+        Err(
+            Error::new(ErrorCode::BadGateway, "the guest refused its token state")
+                .detail(response.status()),
+        )
     }
 
     /// Closes idle connections that are old or may no longer be used.
     pub fn sweep(&self, table: &Table) {
-        self.pool.sweep(|(workspace, start)| table.is_current(workspace, start));
+        self.pool
+            .sweep(|(workspace, start)| table.is_current(workspace, start));
     }
 
     async fn dial(&self, route: &Route) -> Result<Link, Error> {
@@ -123,12 +132,15 @@ impl Guests {
     }
 
     async fn dial_unbounded(&self, route: &Route) -> Result<Link, Error> {
-        let config = client_config(&route.identity, Some(self.leaf()?), HTTP1)
-            .map_err(Error::internal)?;
+        let config =
+            client_config(&route.identity, Some(self.leaf()?), HTTP1).map_err(Error::internal)?;
         let name = ServerName::try_from(tls_name(&route.workspace)).map_err(Error::internal)?;
         let tcp = TcpStream::connect(route.agent).await.map_err(unreachable)?;
         tcp.set_nodelay(true).map_err(unreachable)?;
-        let tls = TlsConnector::from(config).connect(name, tcp).await.map_err(unreachable)?;
+        let tls = TlsConnector::from(config)
+            .connect(name, tcp)
+            .await
+            .map_err(unreachable)?;
         Link::new(tls).await.map_err(unreachable)
     }
 
@@ -149,7 +161,10 @@ impl Guests {
     }
 }
 
-fn unreachable(why: impl std::fmt::Display) -> Error {
-    Error::new(ErrorCode::BadGateway, "the workspace does not answer; try again")
-        .detail(format!("dial the guest: {why}"))
+/// The reason is counted, not kept: rustls names the workspace in it.
+fn unreachable<E>(_: E) -> Error {
+    Error::new(
+        ErrorCode::BadGateway,
+        "the workspace does not answer; try again",
+    )
 }

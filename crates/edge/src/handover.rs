@@ -8,9 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use anyhow::{Context as _, bail};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg,
-};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
 
 use crate::limits::{LISTENERS_MAX, LISTENERS_MAX_WAIT};
 
@@ -48,8 +46,12 @@ pub fn listeners(socket: impl AsFd) -> anyhow::Result<Vec<TcpListener>> {
     fds.into_iter()
         .map(|fd| {
             let listener = TcpListener::from(fd);
-            listener.local_addr().context("a handed-over descriptor is no TCP listener")?;
-            listener.set_nonblocking(true).context("set a listener non-blocking")?;
+            listener
+                .local_addr()
+                .context("a handed-over descriptor is no TCP listener")?;
+            listener
+                .set_nonblocking(true)
+                .context("set a listener non-blocking")?;
             Ok(listener)
         })
         .collect()
@@ -70,17 +72,27 @@ mod tests {
         if !fds.is_empty() {
             assert!(buffer.push(SendAncillaryMessage::ScmRights(&fds)));
         }
-        sendmsg(socket, &[IoSlice::new(word)], &mut buffer, SendFlags::NOSIGNAL).unwrap();
+        sendmsg(
+            socket,
+            &[IoSlice::new(word)],
+            &mut buffer,
+            SendFlags::NOSIGNAL,
+        )
+        .unwrap();
     }
 
     #[test]
     fn listeners_arrive() {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let made: Vec<_> = (0..3).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+        let made: Vec<_> = (0..3)
+            .map(|_| TcpListener::bind("127.0.0.1:0").unwrap())
+            .collect();
         send(&ours, b"listeners", &made);
         let got = listeners(&theirs).unwrap();
         let addresses = |l: &[TcpListener]| {
-            l.iter().map(|l| l.local_addr().unwrap()).collect::<Vec<_>>()
+            l.iter()
+                .map(|l| l.local_addr().unwrap())
+                .collect::<Vec<_>>()
         };
         assert_eq!(addresses(&got), addresses(&made));
     }
@@ -89,8 +101,9 @@ mod tests {
     fn anything_else_is_refused() {
         for (word, count) in [(&b"listeners"[..], 0), (b"listener", 1), (b"listeners!", 1)] {
             let (ours, theirs) = UnixStream::pair().unwrap();
-            let made: Vec<_> =
-                (0..count).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+            let made: Vec<_> = (0..count)
+                .map(|_| TcpListener::bind("127.0.0.1:0").unwrap())
+                .collect();
             send(&ours, word, &made);
             assert!(listeners(&theirs).is_err(), "{word:?}");
         }

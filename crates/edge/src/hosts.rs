@@ -68,7 +68,9 @@ impl Hosts {
         }
         let target = parts.uri.path_and_query().map_or("", |p| p.as_str());
         if !target_is_sound(target) {
-            return Err(NoPlane::Malformed("the path holds a character that it must not"));
+            return Err(NoPlane::Malformed(
+                "the path holds a character that it must not",
+            ));
         }
         let named = host_of(parts)?;
         self.0.get(&named).copied().ok_or(NoPlane::Misdirected)
@@ -154,7 +156,10 @@ pub fn target_is_sound(target: &str) -> bool {
     if bytes.first() != Some(&b'/') || bytes.len() > PATH_MAX_BYTES {
         return false;
     }
-    if !bytes.iter().all(|b| (0x21..=0x7e).contains(b) && !matches!(b, b'\\' | b'#')) {
+    if !bytes
+        .iter()
+        .all(|b| (0x21..=0x7e).contains(b) && !matches!(b, b'\\' | b'#'))
+    {
         return false;
     }
     let path = target.split('?').next().unwrap_or_default().as_bytes();
@@ -181,7 +186,11 @@ mod tests {
 
     fn hosts() -> Hosts {
         let list = |names: &[&str]| names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>();
-        Hosts::new(&list(&["API.test", "::1"]), &list(&["gw.test", "127.0.0.1"])).unwrap()
+        Hosts::new(
+            &list(&["API.test", "::1"]),
+            &list(&["gw.test", "127.0.0.1"]),
+        )
+        .unwrap()
     }
 
     fn plane(version: Version, uri: &str, host: &[&str]) -> Result<Plane, NoPlane> {
@@ -230,14 +239,37 @@ mod tests {
 
     #[test]
     fn targets_hold_no_control_character() {
-        for good in ["/", "/a?b=%00%0a", "/%20%7e%e2%82%ac", "/files/read?path=/etc/x&y=\"<>"] {
+        for good in [
+            "/",
+            "/a?b=%00%0a",
+            "/%20%7e%e2%82%ac",
+            "/files/read?path=/etc/x&y=\"<>",
+        ] {
             assert!(target_is_sound(good), "{good}");
         }
-        for bad in ["", "*", "a", "/\r", "/ ", "/%0d%0aX:y", "/%00", "/%7F", "/%", "/%2", "/%zz",
-            "/%+1", "/a\\b", "/a#b", "/\u{e9}"] {
+        for bad in [
+            "",
+            "*",
+            "a",
+            "/\r",
+            "/ ",
+            "/%0d%0aX:y",
+            "/%00",
+            "/%7F",
+            "/%",
+            "/%2",
+            "/%zz",
+            "/%+1",
+            "/a\\b",
+            "/a#b",
+            "/\u{e9}",
+        ] {
             assert!(!target_is_sound(bad), "{bad:?}");
         }
-        assert!(!target_is_sound(&format!("/{}", "a".repeat(PATH_MAX_BYTES))));
+        assert!(!target_is_sound(&format!(
+            "/{}",
+            "a".repeat(PATH_MAX_BYTES)
+        )));
     }
 
     #[test]

@@ -54,11 +54,16 @@ mod key_text {
     use seal::Zeroizing;
     use serde::{Deserialize, Deserializer, Serializer};
 
-    pub(super) fn serialize<S: Serializer>(key: &Zeroizing<String>, s: S) -> Result<S::Ok, S::Error> {
+    pub(super) fn serialize<S: Serializer>(
+        key: &Zeroizing<String>,
+        s: S,
+    ) -> Result<S::Ok, S::Error> {
         s.serialize_str(key)
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Zeroizing<String>, D::Error> {
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        d: D,
+    ) -> Result<Zeroizing<String>, D::Error> {
         String::deserialize(d).map(Zeroizing::new)
     }
 }
@@ -91,7 +96,8 @@ impl Keys {
     /// The file and what is wrong with it.
     pub fn identity(&self) -> anyhow::Result<Identity> {
         let path = self.dir.join("identity.seed");
-        let seed = seed_or_create(&path).with_context(|| format!("the edge's {}", path.display()))?;
+        let seed =
+            seed_or_create(&path).with_context(|| format!("the edge's {}", path.display()))?;
         Ok(Identity::from_seed(seed.expose()))
     }
 
@@ -122,8 +128,12 @@ impl Keys {
         }
         let ca = self.ca()?;
         let ips: Vec<IpAddr> = self.names.iter().filter_map(|n| n.parse().ok()).collect();
-        let dns: Vec<String> =
-            self.names.iter().filter(|n| n.parse::<IpAddr>().is_err()).cloned().collect();
+        let dns: Vec<String> = self
+            .names
+            .iter()
+            .filter(|n| n.parse::<IpAddr>().is_err())
+            .cloned()
+            .collect();
         let made = local_ca::issue(&ca.key_pem, &dns, &ips, SERVER_CERT_TTL)
             .context("issue a certificate for edge.control_hosts and edge.gateway_hosts")?;
         let life_s = i64::try_from(SERVER_CERT_TTL.as_secs()).unwrap_or(i64::MAX);
@@ -144,7 +154,10 @@ impl Keys {
             return Ok(ca);
         }
         let made = local_ca::make().context("make the local CA")?;
-        let ca = Ca { cert_pem: made.cert_pem, key_pem: made.key_pem };
+        let ca = Ca {
+            cert_pem: made.cert_pem,
+            key_pem: made.key_pem,
+        };
         write(&path, &ca)?;
         Ok(ca)
     }
@@ -157,7 +170,10 @@ fn read<T: for<'a> Deserialize<'a>>(path: &Path) -> anyhow::Result<Option<T>> {
     };
     // serde's message may quote the file: it holds a key.
     let parsed = serde_json::from_slice(&bytes).map_err(|_| {
-        anyhow::anyhow!("{} is damaged; remove it and start again to make a new one", path.display())
+        anyhow::anyhow!(
+            "{} is damaged; remove it and start again to make a new one",
+            path.display()
+        )
     })?;
     Ok(Some(parsed))
 }
@@ -178,7 +194,10 @@ mod tests {
     #[test]
     fn keys_are_made_once_and_private() {
         let dir = tempfile::tempdir().unwrap();
-        let keys = Keys::new(dir.path().into(), &["a.test".to_owned(), "[::1]".to_owned()]);
+        let keys = Keys::new(
+            dir.path().into(),
+            &["a.test".to_owned(), "[::1]".to_owned()],
+        );
         let (id, ca) = (keys.identity().unwrap().public(), keys.ca_pem().unwrap());
         keys.server(NOW).unwrap();
         assert_eq!(keys.identity().unwrap().public(), id);
@@ -201,14 +220,20 @@ mod tests {
         let second = keys.server_cert(NOW + life * 3 / 4).unwrap();
         assert_ne!(second.cert_pem, first.cert_pem);
         let other = Keys::new(dir.path().into(), &["b.test".to_owned()]);
-        assert_ne!(other.server_cert(NOW + life).unwrap().cert_pem, second.cert_pem);
+        assert_ne!(
+            other.server_cert(NOW + life).unwrap().cert_pem,
+            second.cert_pem
+        );
     }
 
     #[test]
     fn a_damaged_file_is_named_and_not_quoted() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("ca.json"), b"{\"key_pem\": SECRET").unwrap();
-        let e = format!("{:#}", Keys::new(dir.path().into(), &[]).ca_pem().unwrap_err());
+        let e = format!(
+            "{:#}",
+            Keys::new(dir.path().into(), &[]).ca_pem().unwrap_err()
+        );
         assert!(e.contains("ca.json") && !e.contains("SECRET"), "{e}");
     }
 }

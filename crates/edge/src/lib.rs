@@ -13,6 +13,7 @@
 pub mod answer;
 pub mod body;
 pub mod control;
+pub mod crowd;
 pub mod feeds;
 pub mod gateway;
 pub mod guest;
@@ -34,7 +35,9 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use api::rpc::Client;
-use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit};
+use rustix::process::{
+    DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit,
+};
 use seal::sign::VerifyingKey;
 use seal::tls::Identity;
 use seal::tls::rustls::ServerConfig;
@@ -112,7 +115,13 @@ impl Edge {
             connections_max: parts.connections_max,
         });
         let (mint, host) = (Client::new(&parts.mint), Client::new(parts.host));
-        Self { server, table, metrics, mint, host }
+        Self {
+            server,
+            table,
+            metrics,
+            mint,
+            host,
+        }
     }
 
     /// Serves until `stop` turns true, then drains.
@@ -128,7 +137,11 @@ impl Edge {
         background.spawn(feeds::follow(Source::Mint, self.mint.clone(), table()));
         background.spawn(feeds::follow(Source::Host, self.host.clone(), table()));
         let guests = Arc::clone(&self.server.gateway.guests);
-        background.spawn(feeds::tell_guests(table(), guests, Arc::clone(&self.metrics)));
+        background.spawn(feeds::tell_guests(
+            table(),
+            guests,
+            Arc::clone(&self.metrics),
+        ));
         background.spawn(sweep(Arc::clone(&self.server)));
         server::serve(Arc::clone(&self.server), listeners, tls, stop).await;
         background.shutdown().await;
@@ -265,7 +278,10 @@ impl Ready {
 
 fn keys(boot: &Boot) -> Keys {
     let edge = &boot.config.edge;
-    Keys::new(boot.paths.state("edge"), edge.control_hosts.iter().chain(&edge.gateway_hosts))
+    Keys::new(
+        boot.paths.state("edge"),
+        edge.control_hosts.iter().chain(&edge.gateway_hosts),
+    )
 }
 
 fn hosts(boot: &Boot) -> anyhow::Result<Hosts> {
@@ -278,7 +294,10 @@ fn hosts(boot: &Boot) -> anyhow::Result<Hosts> {
 fn connections_max() -> usize {
     let limit = getrlimit(Resource::Nofile);
     let wanted = limit.maximum.map_or(FILES_WANTED, |m| m.min(FILES_WANTED));
-    let raised = Rlimit { current: Some(wanted), maximum: limit.maximum };
+    let raised = Rlimit {
+        current: Some(wanted),
+        maximum: limit.maximum,
+    };
     let granted = match setrlimit(Resource::Nofile, raised) {
         Ok(()) => Some(wanted),
         Err(_) => limit.current,

@@ -46,6 +46,11 @@ pub const H2_CONNECTION_WINDOW_BYTES: u32 = 1 << 20;
 /// Bytes of answers waiting to be sent, per stream.
 pub const H2_SEND_BUFFER_BYTES: usize = 256 << 10;
 
+/// Control-plane bodies in memory at once, all sources together, KiB: a credential is judged
+/// only after its request's body is there.
+pub const CONTROL_BODIES_MAX_KIB: usize = 64 << 10;
+/// The same, of one source, KiB.
+pub const CONTROL_BODIES_PER_SOURCE_MAX_KIB: u32 = 16 << 10;
 /// How long the body of a control-plane request may take.
 pub const CONTROL_BODY_READ_MAX: Duration = Duration::from_secs(30);
 /// How long control may take until its answer begins: longer than any wait of its own.
@@ -85,11 +90,11 @@ pub const FEED_PAGE: usize = 1_000;
 /// Pages of one full read of a feed.
 pub const FEED_PAGES_MAX: usize = 1_000;
 /// Token states being handed to guests at once.
-pub const PUSHES_MAX: usize = 32;
+pub const PUSHES_MAX: usize = 256;
 /// Pause before a token state is offered again to a guest that did not take it.
 pub const PUSH_RETRY: Duration = Duration::from_secs(1);
 /// How long one such offer may take.
-pub const PUSH_MAX: Duration = Duration::from_secs(15);
+pub const PUSH_MAX: Duration = Duration::from_secs(5);
 
 /// Life of the server certificate that the local CA issues.
 pub const SERVER_CERT_TTL: Duration = Duration::from_secs(90 * 86_400);

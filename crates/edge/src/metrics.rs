@@ -38,7 +38,7 @@ impl Metrics {
     pub fn answered(&self, status: u16) {
         let class = match status {
             0 => 3,
-            ..400 => 0,
+            1..400 => 0,
             400..500 => 1,
             _ => 2,
         };
@@ -49,20 +49,57 @@ impl Metrics {
     #[must_use]
     pub fn registry(self: &Arc<Self>, table: &Arc<Table>) -> Registry {
         let mut r = Registry::with_prefix("casemate_edge");
-        let names = ["answers_ok", "answers_refused", "answers_failed", "answers_given_up"];
+        let names = [
+            "answers_ok",
+            "answers_refused",
+            "answers_failed",
+            "answers_given_up",
+        ];
         for (name, counter) in names.into_iter().zip(&self.answers) {
             r.register(name, "Requests by how they ended", counter.clone());
         }
-        r.register("in_flight", "Requests being answered", self.in_flight.clone());
-        r.register("body_bytes", "Bytes of bodies, both ways", self.bytes.clone());
-        r.register("connections", "Client connections open", self.connections.clone());
+        r.register(
+            "in_flight",
+            "Requests being answered",
+            self.in_flight.clone(),
+        );
+        r.register(
+            "body_bytes",
+            "Bytes of bodies, both ways",
+            self.bytes.clone(),
+        );
+        r.register(
+            "connections",
+            "Client connections open",
+            self.connections.clone(),
+        );
         for (name, help, counter) in [
-            ("connections_refused", "Connections refused for their number", &self.connections_refused),
+            (
+                "connections_refused",
+                "Connections refused for their number",
+                &self.connections_refused,
+            ),
             ("handshakes", "TLS handshakes completed", &self.handshakes),
-            ("handshakes_failed", "TLS handshakes that failed", &self.handshakes_failed),
-            ("guest_dials", "Connections made to guests", &self.guest_dials),
-            ("guest_dials_failed", "Connections to guests that failed", &self.guest_dials_failed),
-            ("pushes_failed", "Token states that a guest did not take", &self.pushes_failed),
+            (
+                "handshakes_failed",
+                "TLS handshakes that failed",
+                &self.handshakes_failed,
+            ),
+            (
+                "guest_dials",
+                "Connections made to guests",
+                &self.guest_dials,
+            ),
+            (
+                "guest_dials_failed",
+                "Connections to guests that failed",
+                &self.guest_dials_failed,
+            ),
+            (
+                "pushes_failed",
+                "Token states that a guest did not take",
+                &self.pushes_failed,
+            ),
         ] {
             r.register(name, help, counter.clone());
         }
@@ -91,7 +128,11 @@ impl prometheus_client::collector::Collector for TableCollector {
         let fresh = i64::from(self.0.is_fresh());
         for (name, help, value) in [
             ("live", "Requests to workspaces that pass now", live as i64),
-            ("cut", "Requests to workspaces that were cut so far", cut as i64),
+            (
+                "cut",
+                "Requests to workspaces that were cut so far",
+                cut as i64,
+            ),
             ("feeds_fresh", "1 while both feeds are there", fresh),
         ] {
             let gauge = ConstGauge::new(value);

@@ -6,14 +6,13 @@
 //! Of a request only time, source address, status and bytes are recorded (EDGE-3).
 //! Must never write a body anywhere (EDGE-2), or answer without HSTS (EDGE-1).
 
-use std::collections::HashMap;
 use std::convert::Infallible;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use http::{Request, Response, header};
+use http::{HeaderValue, Request, Response, Version, header};
 use http_body::Body as _;
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
@@ -25,7 +24,7 @@ use seal::tls::rustls::ServerConfig;
 use seal::tls::tokio_rustls::TlsAcceptor;
 use seal::tls::tokio_rustls::server::TlsStream;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -34,13 +33,13 @@ use api::ErrorCode;
 use crate::answer::{Refusal, unreadable};
 use crate::body::{Guarded, Payload};
 use crate::control::Control;
+use crate::crowd::Crowd;
 use crate::gateway::Gateway;
 use crate::hosts::{Hosts, Plane};
 use crate::limits::{
     CONNECTION_BUFFER_BYTES, CONNECTIONS_PER_SOURCE_MAX, DRAIN_MAX, H2_CONNECTION_WINDOW_BYTES,
-    H2_HEAD_MAX_BYTES, H2_SEND_BUFFER_BYTES, H2_STREAM_WINDOW_BYTES, H2_STREAMS_MAX,
-    HANDSHAKE_MAX, HEAD_MAX_BYTES, HEAD_READ_MAX, HEADERS_MAX, IDLE_MAX, KEEP_ALIVE_ANSWER_MAX,
-    KEEP_ALIVE_EVERY,
+    H2_HEAD_MAX_BYTES, H2_SEND_BUFFER_BYTES, H2_STREAM_WINDOW_BYTES, H2_STREAMS_MAX, HANDSHAKE_MAX,
+    HEAD_MAX_BYTES, HEAD_READ_MAX, HEADERS_MAX, IDLE_MAX, KEEP_ALIVE_ANSWER_MAX, KEEP_ALIVE_EVERY,
 };
 use crate::metrics::Metrics;
 use crate::wire::{Phase, Wire};
@@ -67,13 +66,17 @@ pub async fn serve(
     tls: watch::Receiver<Arc<ServerConfig>>,
     mut stop: watch::Receiver<bool>,
 ) {
-    let crowd = Arc::new(Crowd::new(server.connections_max));
+    let crowd = Crowd::new(server.connections_max, CONNECTIONS_PER_SOURCE_MAX);
     let tracker = TaskTracker::new();
     let kill = CancellationToken::new();
     let mut accepting = tokio::task::JoinSet::new();
     for listener in listeners {
-        let (server, tls, stop, crowd) =
-            (Arc::clone(&server), tls.clone(), stop.clone(), Arc::clone(&crowd));
+        let (server, tls, stop, crowd) = (
+            Arc::clone(&server),
+            tls.clone(),
+            stop.clone(),
+            Arc::clone(&crowd),
+        );
         let (tracker, kill) = (tracker.clone(), kill.clone());
         accepting.spawn(async move {
             loop {
@@ -87,7 +90,7 @@ pub async fn serve(
                     }
                 };
                 let source = address.ip().to_canonical();
-                let Some(place) = crowd.enter(source) else {
+                let Some(place) = crowd.enter(source, 1) else {
                     server.metrics.connections_refused.inc();
                     continue;
                 };
@@ -108,8 +111,14 @@ pub async fn serve(
     stopped(&mut stop).await;
     accepting.shutdown().await;
     tracker.close();
-    if tokio::time::timeout(DRAIN_MAX, tracker.wait()).await.is_err() {
-        tracing::warn!(left = tracker.len(), "drain timed out; closing what is left");
+    if tokio::time::timeout(DRAIN_MAX, tracker.wait())
+        .await
+        .is_err()
+    {
+        tracing::warn!(
+            left = tracker.len(),
+            "drain timed out; closing what is left"
+        );
         kill.cancel();
         tracker.wait().await;
     }
@@ -157,13 +166,15 @@ async fn connection(
     let phase = Arc::new(Phase::default());
     let h2 = tls.get_ref().1.alpn_protocol() == Some(b"h2");
     let answer = {
-        let (server, activity, phase) =
-            (Arc::clone(server), Arc::clone(&activity), Arc::clone(&phase));
+        let (server, activity, phase) = (
+            Arc::clone(server),
+            Arc::clone(&activity),
+            Arc::clone(&phase),
+        );
         service_fn(move |request: Request<Incoming>| {
             let busy = Busy::new(Arc::clone(&activity));
-            let both_framings = !h2
-                && phase.served()
-                && request.headers().contains_key(header::TRANSFER_ENCODING);
+            let both_framings =
+                !h2 && phase.served() && request.headers().contains_key(header::TRANSFER_ENCODING);
             let ended = (!h2).then(|| Arc::clone(&phase));
             let seen = Seen::new(source, Arc::clone(&server.metrics), ended, busy);
             let server = Arc::clone(&server);
@@ -241,10 +252,16 @@ impl Server {
         both_framings: bool,
     ) -> Response<Payload> {
         let seen = Arc::new(seen);
+        let h1 = request.version() < Version::HTTP_2;
         let mut response = match self.route(&seen, request, both_framings).await {
             Ok(response) => response,
             Err(refusal) => {
-                let response = refusal.response(&seen.request_id);
+                let mut response = refusal.response(&seen.request_id);
+                if h1 && refusal.is_malformed() {
+                    // Where it ends may be in doubt: nothing more is read from there.
+                    let close = HeaderValue::from_static("close");
+                    response.headers_mut().insert(header::CONNECTION, close);
+                }
                 let length = response.body().size_hint().exact().unwrap_or(0);
                 seen.add_bytes(usize::try_from(length).unwrap_or(0));
                 response
@@ -252,9 +269,7 @@ impl Server {
         };
         headers::set_ours(response.headers_mut(), &seen.request_id);
         seen.set_status(response.status().as_u16());
-        response.map(|body| {
-            http_body_util::BodyExt::boxed_unsync(Guarded::new(body, seen))
-        })
+        response.map(|body| http_body_util::BodyExt::boxed_unsync(Guarded::new(body, seen)))
     }
 
     async fn route(
@@ -381,85 +396,5 @@ impl Drop for Busy {
         if let Some(activity) = &self.0 {
             activity.in_flight.fetch_sub(1, Ordering::Relaxed);
         }
-    }
-}
-
-/// Who is connected: bounded as a whole and per source.
-struct Crowd {
-    room: Arc<Semaphore>,
-    sources: Mutex<HashMap<IpAddr, u32>>,
-}
-
-struct Place {
-    crowd: Arc<Crowd>,
-    source: IpAddr,
-    _room: tokio::sync::OwnedSemaphorePermit,
-}
-
-impl Crowd {
-    fn new(connections_max: usize) -> Self {
-        Self { room: Arc::new(Semaphore::new(connections_max)), sources: Mutex::default() }
-    }
-
-    fn enter(self: &Arc<Self>, source: IpAddr) -> Option<Place> {
-        let source = source_of(source);
-        let room = Arc::clone(&self.room).try_acquire_owned().ok()?;
-        let mut sources = self.lock();
-        let count = sources.entry(source).or_default();
-        if *count >= CONNECTIONS_PER_SOURCE_MAX {
-            return None;
-        }
-        *count += 1;
-        drop(sources);
-        Some(Place { crowd: Arc::clone(self), source, _room: room })
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<IpAddr, u32>> {
-        self.sources.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let mut sources = self.crowd.lock();
-        if let Some(count) = sources.get_mut(&self.source) {
-            *count -= 1;
-            if *count == 0 {
-                sources.remove(&self.source);
-            }
-        }
-    }
-}
-
-/// One source: whoever has an IPv6 address has its /64.
-fn source_of(address: IpAddr) -> IpAddr {
-    match address {
-        IpAddr::V4(_) => address,
-        IpAddr::V6(v6) => {
-            let [a, b, c, d, ..] = v6.segments();
-            IpAddr::V6(Ipv6Addr::new(a, b, c, d, 0, 0, 0, 0))
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-    use super::*;
-
-    #[test]
-    fn a_crowd_is_bounded_per_source_and_as_a_whole() {
-        let crowd = Arc::new(Crowd::new(CONNECTIONS_PER_SOURCE_MAX as usize + 1));
-        let enter = |s: &str| crowd.enter(s.parse().unwrap());
-        let mut held: Vec<_> =
-            (0..CONNECTIONS_PER_SOURCE_MAX).map(|_| enter("2001:db8::1").unwrap()).collect();
-        assert!(enter("2001:db8::2").is_none(), "the same /64");
-        let other = enter("2001:db8:1::1").unwrap();
-        assert!(enter("10.0.0.1").is_none(), "no room at all");
-        held.pop();
-        drop(other);
-        assert!(enter("10.0.0.1").is_some());
-        drop(held);
-        assert!(crowd.lock().is_empty());
     }
 }

@@ -108,6 +108,7 @@ struct Entry {
     room: Arc<Semaphore>,
     told: Option<(StartId, u64)>,
     telling: bool,
+    tries: u64,
 }
 
 struct Token {
@@ -133,6 +134,7 @@ impl Default for Entry {
             room: Arc::new(Semaphore::new(GUEST_IN_FLIGHT_MAX)),
             told: None,
             telling: false,
+            tries: 0,
         }
     }
 }
@@ -183,12 +185,18 @@ impl Table {
     /// An empty table, both feeds lost.
     #[must_use]
     pub fn new(mint_key: VerifyingKey, net: GuestNet) -> Arc<Self> {
-        let lost = Feed { heard: None, lost_since: Some(Instant::now()) };
+        let lost = Feed {
+            heard: None,
+            lost_since: Some(Instant::now()),
+        };
         let feeds = [(Source::Mint, lost), (Source::Host, lost)].into();
         Arc::new(Self {
             mint_key,
             net,
-            inner: Mutex::new(Inner { feeds, ..Inner::default() }),
+            inner: Mutex::new(Inner {
+                feeds,
+                ..Inner::default()
+            }),
             changed: Notify::new(),
         })
     }
@@ -213,7 +221,11 @@ impl Table {
         let Some(entry) = inner.entries.get(workspace) else {
             return Err(unknown());
         };
-        let token = entry.token.as_ref().filter(|t| !t.state.gone).ok_or_else(unknown)?;
+        let token = entry
+            .token
+            .as_ref()
+            .filter(|t| !t.state.gone)
+            .ok_or_else(unknown)?;
         token_allows(&token.state, claims.sub.as_str(), claims.epoch)?;
         let route = entry.route(workspace, token, &self.net)?;
         let Ok(room) = Arc::clone(&entry.room).try_acquire_owned() else {
@@ -272,7 +284,11 @@ impl Table {
                 return Some(workspace);
             }
         }
-        entry.token = Some(Token { state, signed: text.to_owned(), identity });
+        entry.token = Some(Token {
+            state,
+            signed: text.to_owned(),
+            identity,
+        });
         inner.settle(&workspace);
         drop(inner);
         self.changed.notify_one();
@@ -308,11 +324,16 @@ impl Table {
             }
             inner.settle(&workspace);
         }
+        drop(inner);
+        self.changed.notify_one();
     }
 
     /// A feed answered.
     pub fn heard(&self, source: Source) {
-        let feed = Feed { heard: Some(Instant::now()), lost_since: None };
+        let feed = Feed {
+            heard: Some(Instant::now()),
+            lost_since: None,
+        };
         self.lock().feeds.insert(source, feed);
     }
 
@@ -322,10 +343,14 @@ impl Table {
         let mut inner = self.lock();
         let now = Instant::now();
         let before = inner.feeds.get(&source).copied();
-        let since = before
-            .and_then(|f| f.lost_since.or(f.heard))
-            .unwrap_or(now);
-        inner.feeds.insert(source, Feed { heard: None, lost_since: Some(since) });
+        let since = before.and_then(|f| f.lost_since.or(f.heard)).unwrap_or(now);
+        inner.feeds.insert(
+            source,
+            Feed {
+                heard: None,
+                lost_since: Some(since),
+            },
+        );
         if since.elapsed() > FEED_LOST_CUT {
             let all: Vec<_> = inner.entries.keys().cloned().collect();
             for workspace in all {
@@ -352,34 +377,30 @@ impl Table {
     #[must_use]
     pub fn is_current(&self, workspace: &WorkspaceId, start: &StartId) -> bool {
         let inner = self.lock();
-        inner.entries.get(workspace).is_some_and(|e| e.is_open_for(start))
+        inner
+            .entries
+            .get(workspace)
+            .is_some_and(|e| e.is_open_for(start))
     }
 
-    /// The next guests to be told their token state; each is to be [`Table::told`].
+    /// The next guests to be told their token state, those that were tried least often first;
+    /// each is to be [`Table::told`].
     #[must_use]
     pub fn to_tell(&self, at_most: usize) -> Vec<Push> {
         let mut inner = self.lock();
-        let mut out = Vec::new();
-        for (workspace, entry) in &mut inner.entries {
-            if out.len() == at_most {
-                break;
-            }
-            let Some(token) = entry.token.as_ref().filter(|t| !t.state.gone && !entry.telling)
-            else {
-                continue;
-            };
-            let Ok(route) = entry.route(workspace, token, &self.net) else {
-                continue;
-            };
-            let told = (route.start.clone(), token.state.seq);
-            if entry.told.as_ref() == Some(&told) {
-                continue;
-            }
-            let push = Push { route, signed: token.signed.clone(), seq: told.1 };
+        let mut wanting: Vec<_> = inner
+            .entries
+            .iter_mut()
+            .filter_map(|(workspace, entry)| Some((entry.push(workspace, &self.net)?, entry)))
+            .collect();
+        wanting.sort_by_key(|(_, entry)| entry.tries);
+        wanting.truncate(at_most);
+        let begin = |(push, entry): (Push, &mut Entry)| {
             entry.telling = true;
-            out.push(push);
-        }
-        out
+            entry.tries += 1;
+            push
+        };
+        wanting.into_iter().map(begin).collect()
     }
 
     /// How telling went.
@@ -388,6 +409,7 @@ impl Table {
         if let Some(entry) = inner.entries.get_mut(&push.route.workspace) {
             entry.telling = false;
             if taken {
+                entry.tries = 0;
                 entry.told = Some((push.route.start.clone(), push.seq));
             }
         }
@@ -432,7 +454,11 @@ impl Inner {
         let Some(entry) = self.entries.get(workspace) else {
             return;
         };
-        for (_, live) in entry.live.iter().filter(|(n, l)| which(**n) && !l.cut.is_cancelled()) {
+        for (_, live) in entry
+            .live
+            .iter()
+            .filter(|(n, l)| which(**n) && !l.cut.is_cancelled())
+        {
             self.cut_count += 1;
             live.cut.cancel();
             if let Some(connection) = &live.connection {
@@ -445,6 +471,25 @@ impl Inner {
 impl Entry {
     fn is_empty(&self) -> bool {
         self.token.is_none() && self.actual.is_none() && self.live.is_empty() && !self.telling
+    }
+
+    /// What its guest should be told and was not yet.
+    fn push(&self, workspace: &WorkspaceId, net: &GuestNet) -> Option<Push> {
+        let token = self
+            .token
+            .as_ref()
+            .filter(|t| !t.state.gone && !self.telling)?;
+        let route = self.route(workspace, token, net).ok()?;
+        let seq = token.state.seq;
+        let told = self
+            .told
+            .as_ref()
+            .is_some_and(|(s, n)| *s == route.start && *n == seq);
+        (!told).then(|| Push {
+            route,
+            signed: token.signed.clone(),
+            seq,
+        })
     }
 
     /// The firewall's layer: open, and this very start.
@@ -475,8 +520,11 @@ impl Entry {
             ));
         };
         let agent = net.agent(ip).ok_or_else(|| {
-            Error::new(ErrorCode::Unavailable, "the workspace can't be reached; try again")
-                .detail("host names an address outside network.base")
+            Error::new(
+                ErrorCode::Unavailable,
+                "the workspace can't be reached; try again",
+            )
+            .detail("host names an address outside network.base")
         })?;
         Ok(Route {
             workspace: workspace.clone(),
@@ -510,7 +558,10 @@ mod tests {
     use super::*;
     use seal::sign::SigningKey;
 
-    const NET: GuestNet = GuestNet { base: Ipv4Addr::new(10, 117, 0, 0), port: 9991 };
+    const NET: GuestNet = GuestNet {
+        base: Ipv4Addr::new(10, 117, 0, 0),
+        port: 9991,
+    };
 
     struct World {
         key: SigningKey,
@@ -523,7 +574,11 @@ mod tests {
         let table = Table::new(key.public(), NET);
         table.heard(Source::Mint);
         table.heard(Source::Host);
-        World { key, table, ws: WorkspaceId::from_bytes([1; 8]) }
+        World {
+            key,
+            table,
+            ws: WorkspaceId::from_bytes([1; 8]),
+        }
     }
 
     impl World {
@@ -598,9 +653,15 @@ mod tests {
         w.check(1, ErrorCode::Unavailable);
         w.run();
         assert!(w.admit(1).is_ok() && w.admit(2).is_ok());
-        w.give(&TokenState { enabled: false, ..w.state(2, 2) });
+        w.give(&TokenState {
+            enabled: false,
+            ..w.state(2, 2)
+        });
         w.check(2, ErrorCode::Forbidden);
-        w.give(&TokenState { gone: true, ..w.state(3, 2) });
+        w.give(&TokenState {
+            gone: true,
+            ..w.state(3, 2)
+        });
         w.check(2, ErrorCode::NotFound);
         w.table.lost(Source::Host);
         w.check(2, ErrorCode::Unavailable);
@@ -614,7 +675,11 @@ mod tests {
         w.give(&w.state(4, 1));
         w.give(&w.state(6, 4));
         w.check(4, ErrorCode::Unauthorized);
-        let forged = Signed::new(&SigningKey::generate(), context::TOKEN_STATE, &w.state(9, 9));
+        let forged = Signed::new(
+            &SigningKey::generate(),
+            context::TOKEN_STATE,
+            &w.state(9, 9),
+        );
         w.table.token_state(forged.as_str());
         let other_kind = Signed::new(&w.key, context::POLICY, &w.state(9, 9));
         w.table.token_state(other_kind.as_str());
@@ -654,7 +719,9 @@ mod tests {
         let w = world();
         w.run();
         w.give(&w.state(1, 1));
-        let held: Vec<_> = (0..GUEST_IN_FLIGHT_MAX).map(|_| w.admit(1).unwrap()).collect();
+        let held: Vec<_> = (0..GUEST_IN_FLIGHT_MAX)
+            .map(|_| w.admit(1).unwrap())
+            .collect();
         w.check(1, ErrorCode::RateLimited);
         drop(held);
         assert!(w.admit(1).is_ok());
@@ -694,20 +761,31 @@ mod tests {
         assert_eq!(w.table.to_tell(8).len(), 1, "a new start");
     }
 
-    #[tokio::test(start_paused = true)]
+    /// As if a feed had last been heard so long ago.
+    fn age(table: &Table, source: Source, by: std::time::Duration) {
+        let mut inner = table.lock();
+        let feed = inner.feeds.get_mut(&source).unwrap();
+        feed.heard = feed.heard.map(|t| t.checked_sub(by).unwrap());
+        feed.lost_since = feed.lost_since.map(|t| t.checked_sub(by).unwrap());
+    }
+
+    #[tokio::test]
     async fn a_silent_feed_is_stale_and_a_lost_one_cuts() {
         let w = world();
         w.run();
         w.give(&w.state(1, 1));
         let (_, live) = w.admit(1).unwrap();
-        tokio::time::advance(FEED_STALE_MAX * 2).await;
+        age(&w.table, Source::Mint, FEED_STALE_MAX * 2);
         w.check(1, ErrorCode::Unavailable);
         w.table.heard(Source::Mint);
         w.table.heard(Source::Host);
         assert!(w.admit(1).is_ok());
         w.table.lost(Source::Mint);
-        assert!(!live.cut().is_cancelled(), "a restart of mint breaks nothing");
-        tokio::time::advance(FEED_LOST_CUT * 2).await;
+        assert!(
+            !live.cut().is_cancelled(),
+            "a restart of mint breaks nothing"
+        );
+        age(&w.table, Source::Mint, FEED_LOST_CUT * 2);
         w.table.lost(Source::Mint);
         assert!(live.cut().is_cancelled());
     }

@@ -94,14 +94,21 @@ impl<K: Hash + Eq> AtEnd for Lease<K> {
 
 impl<K: Hash + Eq> Drop for Lease<K> {
     fn drop(&mut self) {
-        let Some(link) = self.link.take().filter(|l| self.ended && !l.close.is_cancelled()) else {
+        let Some(link) = self
+            .link
+            .take()
+            .filter(|l| self.ended && !l.close.is_cancelled())
+        else {
             return;
         };
         let mut idle = lock(&self.home);
         if let Some(list) = idle.get_mut(&self.key)
             && list.len() < self.idle_max
         {
-            list.push(Idle { link, since: Instant::now() });
+            list.push(Idle {
+                link,
+                since: Instant::now(),
+            });
         }
     }
 }
@@ -110,7 +117,10 @@ impl<K: Hash + Eq + Clone> Pool<K> {
     /// An empty pool that keeps up to `idle_max` connections per destination.
     #[must_use]
     pub fn new(idle_max: usize) -> Self {
-        Self { idle: Arc::default(), idle_max }
+        Self {
+            idle: Arc::default(),
+            idle_max,
+        }
     }
 
     /// An idle connection that can be used.
@@ -169,8 +179,11 @@ impl<K: Hash + Eq + Clone> Pool<K> {
 /// The error of an upstream that broke off or answered nonsense.
 #[must_use]
 pub fn broken(who: &str, e: &hyper::Error) -> Error {
-    Error::new(ErrorCode::BadGateway, format!("{who} gave no proper answer; try again"))
-        .detail(format!("upstream: {e}"))
+    Error::new(
+        ErrorCode::BadGateway,
+        format!("{who} gave no proper answer; try again"),
+    )
+    .detail(format!("upstream: {e}"))
 }
 
 fn lock<K>(m: &Mutex<HashMap<K, Vec<Idle>>>) -> MutexGuard<'_, HashMap<K, Vec<Idle>>> {

@@ -53,7 +53,9 @@ impl Phase {
 
     fn flushed(&self) {
         // Busy stays busy.
-        let _ = self.phase.compare_exchange(ENDED, IDLE, Ordering::AcqRel, Ordering::Relaxed);
+        let _ = self
+            .phase
+            .compare_exchange(ENDED, IDLE, Ordering::AcqRel, Ordering::Relaxed);
     }
 
     fn is_idle(&self) -> bool {
@@ -80,7 +82,13 @@ pub struct Wire<S> {
 impl<S> Wire<S> {
     /// Wraps a connection.
     pub fn new(inner: S, phase: Arc<Phase>, refuse: Refuse) -> Self {
-        Self { inner, phase, refuse, ours: None, stalled: None }
+        Self {
+            inner,
+            phase,
+            refuse,
+            ours: None,
+            stalled: None,
+        }
     }
 }
 
@@ -104,16 +112,23 @@ impl<S: AsyncRead + Unpin> AsyncRead for Wire<S> {
 
 impl<S: AsyncWrite + Unpin> Wire<S> {
     /// Fails when the other side has taken nothing for too long.
-    fn watched<T>(&mut self, cx: &mut Context<'_>, poll: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+    fn watched<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        poll: Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
         if poll.is_ready() {
             self.stalled = None;
             return poll;
         }
-        let stalled = self
-            .stalled
-            .get_or_insert_with(|| Box::pin(tokio::time::sleep_until(Instant::now() + WRITE_STALL_MAX)));
+        let stalled = self.stalled.get_or_insert_with(|| {
+            Box::pin(tokio::time::sleep_until(Instant::now() + WRITE_STALL_MAX))
+        });
         ready!(stalled.as_mut().poll(cx));
-        Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client takes no bytes")))
+        Poll::Ready(Err(io::Error::new(
+            io::ErrorKind::TimedOut,
+            "the client takes no bytes",
+        )))
     }
 
     /// Writes our answer in place of `theirs`.
@@ -211,8 +226,12 @@ mod tests {
 
     #[test]
     fn lengths_are_seen_in_the_head_only() {
-        assert!(has_content_length(b"GET / HTTP/1.1\r\na: b\r\ncOntent-length : 3\r\n\r\n"));
-        assert!(!has_content_length(b"GET / HTTP/1.1\r\na: b\r\n\r\ncontent-length: 3\r\n"));
+        assert!(has_content_length(
+            b"GET / HTTP/1.1\r\na: b\r\ncOntent-length : 3\r\n\r\n"
+        ));
+        assert!(!has_content_length(
+            b"GET / HTTP/1.1\r\na: b\r\n\r\ncontent-length: 3\r\n"
+        ));
         assert!(!has_content_length(b"content-length: 3"));
     }
 
