@@ -45,16 +45,11 @@ pub async fn init(paths: &Paths, config: &Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Serves until `stop`.
+/// Opens what the daemon works with.
 ///
 /// # Errors
-/// If the state, the trusted keys or the sockets can't be used.
-pub async fn run(
-    paths: &Paths,
-    config: &Config,
-    clock: Clock,
-    stop: watch::Receiver<bool>,
-) -> anyhow::Result<()> {
+/// If the state or the trusted keys can't be used.
+pub async fn open(paths: &Paths, config: &Config, clock: Clock) -> anyhow::Result<Arc<App>> {
     let store = Store::open(&config.control.database, &paths.state(NAME)).await?;
     let spool = Spool::open(&paths.state(NAME).join("spool.jsonl"))?;
     let audit = Audit::new(service::audit::Log::new(paths), spool);
@@ -67,7 +62,20 @@ pub async fn run(
         trust::key(paths, trust::MINT)?,
         trust::key(paths, trust::KMS)?,
     );
-    let app = App::new(store, audit, clock, config.clone(), peers, keys);
+    Ok(App::new(store, audit, clock, config.clone(), peers, keys))
+}
+
+/// Serves until `stop`.
+///
+/// # Errors
+/// If the state, the trusted keys or the sockets can't be used.
+pub async fn run(
+    paths: &Paths,
+    config: &Config,
+    clock: Clock,
+    stop: watch::Receiver<bool>,
+) -> anyhow::Result<()> {
+    let app = open(paths, config, clock).await?;
     let uids = Arc::new(service::rpc::Uids::load(paths)?);
     let metrics = service::metrics::serve(&paths.socket(NAME, "metrics"), app.metrics.registry())?;
     let listener = service::rpc::bind(&paths.socket(NAME, "http"))?;

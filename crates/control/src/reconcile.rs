@@ -103,7 +103,7 @@ async fn one(app: &Arc<App>, w: &Workspace, kms_sealed: &mut Option<bool>) -> ap
         // Nobody works on it: the process that did is gone.
         Stage::Creating => {
             let op = Op::internal("reconcile.create");
-            removal::unwind(app, &op, w).await;
+            removal::unwind(app, &op, w, false).await;
             return Ok(());
         }
         Stage::Deleting => {

@@ -150,7 +150,7 @@ impl Host {
         }
     }
 
-    async fn apply(self: &Arc<Self>, desired: Desired, wait_ms: u64) -> api::Result<Actual> {
+    async fn apply(self: &Arc<Self>, mut desired: Desired, wait_ms: u64) -> api::Result<Actual> {
         let (id, generation) = (desired.workspace.clone(), desired.generation);
         desired
             .resources
@@ -170,6 +170,15 @@ impl Host {
                     ErrorCode::VmUnavailable,
                     "this host holds as many workspaces as it can",
                 ));
+            }
+            // A change that comes in the middle of a start does not take its lease away.
+            let starting = |p| matches!(p, Power::Running | Power::Paused);
+            if desired.lease.is_none() && starting(desired.power) {
+                let last = self.with(&id, |e| Arc::clone(&e.handle.desired.borrow()));
+                if let Some(last) = last.filter(|l| starting(l.power)) {
+                    desired.lease.clone_from(&last.lease);
+                    desired.start.clone_from(&last.start);
+                }
             }
             let (store, d) = (self.shared.store.clone(), desired.clone());
             blocking(move || store.put(&d)).await?;

@@ -16,6 +16,7 @@ struct Manifest {
 #[derive(Deserialize)]
 struct Item {
     name: String,
+    #[serde(alias = "sha256")]
     id: String,
     #[serde(default)]
     description: String,

@@ -356,12 +356,6 @@ impl Workspace {
             detail = e.detail, "step failed"
         );
         match step {
-            Step::KeyRelease if waits(e.code) && self.lease(desired).is_some() => {
-                // The nonce was not used: the same lease serves as long as it lives.
-                self.error = Some(e);
-                self.publish_state(desired, ActualState::Failed);
-                return self.pause().await;
-            }
             Step::Pause | Step::Resume => {
                 self.refused = Some(desired.generation);
                 self.error = Some(e);
@@ -393,8 +387,6 @@ impl Workspace {
 
     fn publish(&mut self, desired: &Desired, step: Step) {
         let state = match (step, self.vm) {
-            // An error of the KMS stays visible while the same lease is tried again.
-            (Step::KeyRelease, _) if self.error.is_some() => return,
             (Step::NetSet | Step::Pause | Step::Resume, Vm::Running | Vm::Paused) => return,
             (Step::Shutdown | Step::Close | Step::Erase, _) => ActualState::Stopping,
             (Step::Rest, Vm::Running) => ActualState::Running,
@@ -476,14 +468,6 @@ fn shape(desired: &Desired) -> Shape {
         memory_mb: desired.resources.memory_mb,
         cpus: desired.resources.cpus,
     }
-}
-
-/// Whether the KMS only could not answer yet.
-fn waits(code: ErrorCode) -> bool {
-    matches!(
-        code,
-        ErrorCode::KmsSealed | ErrorCode::Unavailable | ErrorCode::AuditUnavailable
-    )
 }
 
 fn no_lease() -> Error {

@@ -17,7 +17,7 @@ use crate::store::{Deletion, Stage, Workspace};
 use api::host::ActualState;
 use api::kms::Erasure;
 use api::{Error, ErrorCode, context, kms, mint};
-use model::Power;
+use model::{Power, TtlAction};
 use std::sync::Arc;
 
 /// What came of a deletion.
@@ -94,11 +94,15 @@ pub async fn resume(app: &Arc<App>, w: &Workspace) -> api::Result<Removed> {
     removed
 }
 
-/// Takes a creation back that did not come to its end; goes on later where it must.
-pub async fn unwind(app: &Arc<App>, op: &Op, w: &Workspace) {
+/// Takes a creation back that did not come to its end; goes on later where it must. `keyless`:
+/// no key was made, and so no token either.
+pub async fn unwind(app: &Arc<App>, op: &Op, w: &Workspace, keyless: bool) {
     let authority = w.doc.creating_under.clone();
     let undone = async {
-        let w = begin(app, op, w, authority.into_iter().collect()).await?;
+        let mut w = begin(app, op, w, authority.into_iter().collect()).await?;
+        if keyless {
+            w = note(app, &w, |d| (d.key_done, d.mint_done) = (true, true)).await?;
+        }
         drive(app, op, &w).await
     };
     if let Err(e) = undone.await {
@@ -130,7 +134,10 @@ async fn begin(
                 }
                 none => {
                     let mut all = authorities.clone();
-                    all.extend(w.doc.policy.clone().filter(|p| !authorities.contains(p)));
+                    // Mint signed `expire` where the owner asked for it.
+                    let expires = w.doc.remove_on_exit || w.doc.ttl_action == TtlAction::Remove;
+                    let policy = w.doc.policy.clone().filter(|p| expires && !all.contains(p));
+                    all.extend(policy);
                     *none = Some(Deletion {
                         request_id: op.request_id.clone(),
                         actor: op.actor.name(),

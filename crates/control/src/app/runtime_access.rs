@@ -78,11 +78,17 @@ pub async fn access_disable(app: &App, op: &Op, name: &str) -> api::Result<()> {
     done
 }
 
-/// A gateway token; with `rotate`, every earlier one ends first.
+/// A gateway token, and whether the runtime API is on; with `rotate`, every earlier token ends
+/// first.
 ///
 /// # Errors
 /// Mint's.
-pub async fn token_get(app: &App, op: &Op, name: &str, rotate: bool) -> api::Result<Gateway> {
+pub async fn token_get(
+    app: &App,
+    op: &Op,
+    name: &str,
+    rotate: bool,
+) -> api::Result<(Gateway, bool)> {
     let w = workspace_for_act(app, op, name).await?;
     let event = if rotate {
         "runtime_access.token_rotate"
@@ -93,7 +99,9 @@ pub async fn token_get(app: &App, op: &Op, name: &str, rotate: bool) -> api::Res
     app.audit.intent(op, &act).await?;
     let done = gateway_token(app, op, &w, rotate).await;
     app.audit.outcome(op, &act, &done).await;
-    done
+    let gateway = done?;
+    let enabled = token_state_check(app, &w, &gateway.state)?.enabled;
+    Ok((gateway, enabled))
 }
 
 /// The raw connection token.

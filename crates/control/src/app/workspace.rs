@@ -170,11 +170,24 @@ async fn make(
         let actual = app.actual(op, &before.id).await;
         return Ok((*before, actual));
     }
-    let w = match provision(app, op, w, receipt).await {
+    let identity = match key_create(app, op, w, receipt).await {
+        Ok(identity) => identity,
+        Err(e) => {
+            // Unwind: nothing of it must stay. A clear refusal made no key to destroy.
+            let unsure = [
+                ErrorCode::Unavailable,
+                ErrorCode::Internal,
+                ErrorCode::Timeout,
+            ];
+            let keyless = !unsure.contains(&e.code);
+            super::removal::unwind(app, op, w, keyless).await;
+            return Err(e);
+        }
+    };
+    let w = match provision(app, op, w, identity).await {
         Ok(w) => w,
         Err(e) => {
-            // Unwind: nothing of it must stay. What can't be undone now is undone later.
-            super::removal::unwind(app, op, w).await;
+            super::removal::unwind(app, op, w, false).await;
             return Err(e);
         }
     };
@@ -193,9 +206,8 @@ async fn make(
     Ok((w, actual))
 }
 
-/// Key, tokens and policy.
-async fn provision(app: &App, op: &Op, w: &Workspace, receipt: &Value) -> api::Result<Workspace> {
-    let (_, assertion) = op.client()?;
+/// The workspace's key; answers the KMS's statement of its identity.
+async fn key_create(app: &App, op: &Op, w: &Workspace, receipt: &Value) -> api::Result<String> {
     let create = kms::Op::WorkspaceKeyCreate {
         receipt: receipt.clone(),
     };
@@ -211,9 +223,15 @@ async fn provision(app: &App, op: &Op, w: &Workspace, receipt: &Value) -> api::R
             "the KMS's statement is of another workspace",
         ));
     }
+    Ok(made.identity)
+}
+
+/// Tokens and policy.
+async fn provision(app: &App, op: &Op, w: &Workspace, identity: String) -> api::Result<Workspace> {
+    let (_, assertion) = op.client()?;
     let register = mint::Op::WorkspaceRegister {
         assertion: assertion.to_owned(),
-        identity: made.identity,
+        identity,
     };
     let state: mint::Signed = app.peers.mint.call(&op.request_id, &register).await?;
     token_state_check(app, w, &state.signed)?;

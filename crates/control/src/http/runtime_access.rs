@@ -29,14 +29,14 @@ pub async fn disable(app: Arc<App>, op: Arc<Op>, call: Arc<Call>) -> api::Result
 
 /// `POST /workspace/{ws}/runtime-api-access/token`
 pub async fn token_rotate(app: Arc<App>, op: Arc<Op>, call: Arc<Call>) -> api::Result<Answer> {
-    let g = access::token_get(&app, &op, call.ws(), true).await?;
+    let (g, _) = access::token_get(&app, &op, call.ws(), true).await?;
     Ok(Answer::ok(json!({ "token": g.token })))
 }
 
 /// `GET /workspace/{ws}/runtime-api-access/token`
 pub async fn token_get(app: Arc<App>, op: Arc<Op>, call: Arc<Call>) -> api::Result<Answer> {
-    let g = access::token_get(&app, &op, call.ws(), false).await?;
-    Ok(Answer::ok(json!({ "token": g.token, "enabled": true })))
+    let (g, enabled) = access::token_get(&app, &op, call.ws(), false).await?;
+    Ok(Answer::ok(json!({ "token": g.token, "enabled": enabled })))
 }
 
 /// `GET /workspace/{ws}/runtime-api-access/token/raw`

@@ -7,8 +7,6 @@
 
 mod erasure;
 mod schema;
-#[cfg(test)]
-pub(crate) mod testing;
 mod workspace;
 
 pub use erasure::Erasure;
