@@ -4,7 +4,7 @@
 //! than one answer; never write to a log's files.
 
 use crate::integrate::log_dir;
-use crate::integrate::tiles::{Directory, Tiles};
+use crate::integrate::tiles::Tiles;
 use crate::limits::{LOG_OPEN_MAX, READ_BYTES_SOFT, READ_ENTRIES_MAX, REASON_MAX_BYTES};
 use crate::{log_class, metrics};
 use api::audit::{
@@ -26,9 +26,9 @@ use std::sync::Arc;
 use tlog::checkpoint::Checkpoint;
 use tlog::class::Class;
 use tlog::leaf::{Leaf, Opening};
-use tlog::limits::TILE_WIDTH;
+use tlog::limits::{NOTE_BYTES_MAX, TILE_WIDTH};
 use tlog::tile::{Kind, Tile, TileSource as _};
-use tlog::verify::{CHECKPOINT_PATH, LogReader as _};
+use tlog::verify::CHECKPOINT_PATH;
 use tokio::sync::watch;
 
 /// The process's name.
@@ -126,10 +126,9 @@ impl Reader {
 
     /// The log's checkpoint, as text and verified.
     fn checkpoint(&self, class: Class) -> api::Result<(String, Checkpoint)> {
-        let directory = Directory::new(log_dir(&self.paths, class));
-        let bytes = directory
-            .read(CHECKPOINT_PATH)
-            .ok_or_else(|| Error::internal(format!("no checkpoint of log {class}")))?;
+        let path = log_dir(&self.paths, class).join(CHECKPOINT_PATH);
+        let bytes = service::files::read_bounded(&path, NOTE_BYTES_MAX as u64)
+            .map_err(|e| Error::internal(format!("{}: {e}", path.display())))?;
         let origin = class.origin(&self.installation).map_err(Error::internal)?;
         let opened = Checkpoint::open(&bytes, &origin, &self.key, &[]).map_err(Error::internal)?;
         let text = String::from_utf8(bytes).map_err(Error::internal)?;

@@ -124,7 +124,7 @@ impl Double {
         paths.sort();
         paths.dedup();
         for path in paths {
-            let lucky = some && self.random() % 2 == 0;
+            let lucky = some && self.random().is_multiple_of(2);
             let from = if lucky { &self.live } else { &self.durable };
             if let Some(node) = from.get(&path) {
                 after.insert(path, *node);
@@ -144,7 +144,7 @@ impl Double {
                 let tail = live[bytes.len()..].to_vec();
                 let keep = usize::try_from(self.random()).unwrap_or(0) % (tail.len() + 1);
                 bytes.extend_from_slice(&tail[..keep]);
-                if self.random() % 2 == 0 {
+                if self.random().is_multiple_of(2) {
                     bytes.resize(live.len(), 0);
                 }
             }

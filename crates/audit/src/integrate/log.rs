@@ -262,8 +262,14 @@ impl Log {
             None => self.find()?,
         };
         while self.grower.size() < end {
-            let bytes = segment::read_from(&at.path, at.offset)
-                .map_err(|e| self.io("read", &at.path, e))?;
+            let bytes = match segment::read_from(&at.path, at.offset) {
+                // Append forgets a segment once all of it is integrated, and a next one is there.
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                    at = self.next_segment(&at)?;
+                    continue;
+                }
+                bytes => bytes.map_err(|e| self.io("read", &at.path, e))?,
+            };
             let mut rest = bytes.as_slice();
             while self.grower.size() < end {
                 let fail = |source| IntegrateError::Segment {

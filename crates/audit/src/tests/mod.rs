@@ -1,4 +1,6 @@
-//! What the processes do together.
+//! What the processes do together, and what is left when they are stopped anywhere.
 #![allow(clippy::unwrap_used)]
 
+mod crash;
+mod damage;
 mod world;
