@@ -1,1 +1,408 @@
+//! The life of a VM with a double of the VMM and of the guest.
+#![allow(clippy::unwrap_used)]
 
+use super::*;
+use std::cell::RefCell;
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::BorrowedFd;
+use std::os::unix::net::UnixStream;
+use std::rc::Rc;
+
+#[derive(Default)]
+struct Seen {
+    acts: Vec<&'static str>,
+    events: Vec<Event>,
+    refuse: Option<&'static str>,
+}
+
+struct Double {
+    seen: Rc<RefCell<Seen>>,
+    socket: UnixStream,
+}
+
+impl Double {
+    fn act(&mut self, command: &'static str) -> Result<(), crate::Error> {
+        let mut seen = self.seen.borrow_mut();
+        seen.acts.push(command);
+        if seen.refuse == Some(command) {
+            return Err(crate::Error::Refused {
+                command,
+                why: "because".into(),
+            });
+        }
+        Ok(())
+    }
+}
+
+impl Vmm for Double {
+    fn restore(&mut self) -> Result<(), crate::Error> {
+        self.act("restore")
+    }
+    fn save(&mut self) -> Result<(), crate::Error> {
+        self.act("save")
+    }
+    fn cont(&mut self) -> Result<(), crate::Error> {
+        self.act("cont")
+    }
+    fn stop(&mut self) -> Result<(), crate::Error> {
+        self.act("stop")
+    }
+    fn disk_attach(&mut self, _: BorrowedFd<'_>, _: u64) -> Result<(), crate::Error> {
+        self.act("disk_attach")
+    }
+    fn quit(&mut self) -> Result<(), crate::Error> {
+        self.act("quit")
+    }
+    fn event(&mut self) -> Option<Event> {
+        self.seen.borrow_mut().events.pop()
+    }
+    fn control_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+struct World {
+    vm: Vm<Double, u32>,
+    seen: Rc<RefCell<Seen>>,
+    guest: BufReader<UnixStream>,
+    now: Instant,
+    next: u32,
+}
+
+impl World {
+    fn new(how: How) -> Self {
+        let (ours, guest) = UnixStream::pair().unwrap();
+        guest
+            .set_read_timeout(Some(Duration::from_secs(10)))
+            .unwrap();
+        let seen = Rc::new(RefCell::new(Seen::default()));
+        let vmm = Double {
+            seen: Rc::clone(&seen),
+            socket: UnixStream::pair().unwrap().0,
+        };
+        Self {
+            vm: Vm::new(1, how, vmm, Channel::new(ours).unwrap()),
+            seen,
+            guest: BufReader::new(guest),
+            now: Instant::now(),
+            next: 0,
+        }
+    }
+
+    /// A VM that is prepared.
+    fn pooled(how: How) -> Self {
+        let mut w = Self::new(how);
+        assert!(w.ask(Op::Prepare).is_none());
+        if how != How::Template {
+            w.say(r#"{"type":"booted","version":"1"}"#);
+        }
+        assert_eq!(w.hear(), ToGuest::Rehearse);
+        let answer = w.say(r#"{"type":"rehearsed"}"#).unwrap().unwrap();
+        assert_eq!(answer, json!({"vm": "pooled"}));
+        w
+    }
+
+    fn running() -> Self {
+        let mut w = Self::pooled(How::Template);
+        w.disk();
+        assert!(w.ask(attach(1000)).is_none());
+        assert!(matches!(w.hear(), ToGuest::Attach(_)));
+        let up = w.say(r#"{"type":"up","kernel":"6.1"}"#).unwrap().unwrap();
+        assert_eq!(up, json!({"kernel": "6.1"}));
+        w
+    }
+
+    fn disk(&mut self) {
+        let file = tempfile::tempfile().unwrap();
+        self.vm.disk_keep(file.into(), 1 << 21).unwrap();
+    }
+
+    fn ask(&mut self, op: Op) -> Option<Result<Value, Error>> {
+        self.next += 1;
+        self.vm.request(self.next, op, self.now);
+        self.answer()
+    }
+
+    fn answer(&mut self) -> Option<Result<Value, Error>> {
+        self.vm.take_answers().pop().map(|(_, a)| a)
+    }
+
+    fn say(&mut self, line: &str) -> Option<Result<Value, Error>> {
+        self.say_bytes(line.as_bytes())
+    }
+
+    fn say_bytes(&mut self, line: &[u8]) -> Option<Result<Value, Error>> {
+        self.guest.get_mut().write_all(line).unwrap();
+        self.guest.get_mut().write_all(b"\n").unwrap();
+        for _ in 0..=(line.len() / (16 << 10)) + 1 {
+            self.vm.on_agent();
+        }
+        self.answer()
+    }
+
+    fn hear(&mut self) -> ToGuest {
+        let mut line = String::new();
+        self.guest.read_line(&mut line).unwrap();
+        serde_json::from_str(&line).unwrap()
+    }
+
+    fn event(&mut self, e: Event) -> Option<Result<Value, Error>> {
+        self.seen.borrow_mut().events.push(e);
+        self.vm.on_vmm();
+        self.answer()
+    }
+
+    fn acts(&self) -> Vec<&'static str> {
+        self.seen.borrow().acts.clone()
+    }
+
+    fn reason(&self) -> Option<String> {
+        let s = self.vm.status();
+        assert_eq!(s.vm == VmState::Exited, s.reason.is_some());
+        s.reason
+    }
+}
+
+fn attach(wait_ms: u64) -> Op {
+    Op::Attach {
+        attach: Box::new(api::agent::Attach {
+            time_unix_ns: 1,
+            config: "{}".into(),
+            token_state: "x".into(),
+            ip: "10.117.0.2".into(),
+            prefix: 16,
+            gateway: "10.117.0.1".into(),
+        }),
+        wait_ms,
+    }
+}
+
+fn code(answer: Option<Result<Value, Error>>) -> ErrorCode {
+    answer.unwrap().unwrap_err().code
+}
+
+#[test]
+fn a_whole_life() {
+    let mut w = World::running();
+    let paused = w.ask(Op::Pause).unwrap().unwrap();
+    assert_eq!(paused, json!({"vm": "paused"}));
+    w.ask(Op::Resume).unwrap().unwrap();
+    assert!(matches!(w.hear(), ToGuest::Clock { time_unix_ns } if time_unix_ns > 0));
+    assert!(w.ask(Op::Shutdown { grace_ms: 500 }).is_none());
+    assert_eq!(w.hear(), ToGuest::Shutdown);
+    let done = w.say(r#"{"type":"down"}"#).unwrap().unwrap();
+    assert_eq!(done, json!({"vm": "exited", "reason": "shutdown"}));
+    assert_eq!(
+        w.acts(),
+        [
+            "restore",
+            "cont",
+            "stop",
+            "disk_attach",
+            "cont",
+            "stop",
+            "cont",
+            "quit"
+        ]
+    );
+}
+
+#[test]
+fn restore_and_cold_give_the_same_answers() {
+    let answers = |how| {
+        let mut w = World::pooled(how);
+        w.disk();
+        w.ask(attach(10));
+        w.hear();
+        (w.say(r#"{"type":"up","kernel":"6"}"#), w.vm.status())
+    };
+    assert_eq!(answers(How::Template), answers(How::Cold));
+}
+
+#[test]
+fn a_template_is_saved_once_and_sees_no_workspace() {
+    let mut w = World::pooled(How::Build);
+    w.disk();
+    assert_eq!(code(w.ask(attach(10))), ErrorCode::Conflict);
+    assert_eq!(w.ask(Op::Save).unwrap().unwrap(), json!(true));
+    assert_eq!(w.reason().as_deref(), Some("saved"));
+    assert_eq!(code(w.ask(Op::Save)), ErrorCode::Conflict);
+    let mut w = World::pooled(How::Cold);
+    assert_eq!(code(w.ask(Op::Save)), ErrorCode::Conflict);
+}
+
+#[test]
+fn a_guest_that_speaks_garbage_is_ended() {
+    for bad in [
+        &b"\xff\xfe\x00"[..],
+        b"",
+        b"{}",
+        b"null",
+        br#"{"type":"up","kernel":"6"}"#,
+        br#"{"type":"down"}"#,
+        br#"{"type":"booted","version":"1","more":1}"#,
+        &[b'x'; 100_000],
+    ] {
+        let mut w = World::new(How::Cold);
+        w.ask(Op::Prepare);
+        assert_eq!(code(w.say_bytes(bad)), ErrorCode::BadGateway, "{bad:?}");
+        assert_eq!(w.reason().as_deref(), Some("failed"));
+        assert_eq!(w.acts().last(), Some(&"quit"));
+    }
+}
+
+#[test]
+fn a_guest_that_fails_is_quoted_with_care() {
+    let mut w = World::pooled(How::Template);
+    w.disk();
+    w.ask(attach(1000));
+    let long = "\\u001b[31m".to_owned() + &"y".repeat(5000);
+    let e = w
+        .say(&format!(
+            r#"{{"type":"failed","code":"no <b>disk","message":"{long}"}}"#
+        ))
+        .unwrap()
+        .unwrap_err();
+    assert!(e.message.contains("(nobdisk)"), "{e}");
+    let detail = e.detail.unwrap();
+    assert!(detail.len() <= 256 && !detail.contains('\u{1b}'));
+    // A VM serves one workspace, once.
+    assert_eq!(code(w.ask(attach(1000))), ErrorCode::Conflict);
+}
+
+#[test]
+fn a_silent_guest_times_out_and_the_answer_says_what_to_do() {
+    let mut w = World::pooled(How::Template);
+    w.disk();
+    assert!(w.ask(attach(250)).is_none());
+    w.vm.on_time(w.now + Duration::from_millis(249));
+    assert!(w.answer().is_none());
+    w.vm.on_time(w.now + Duration::from_millis(250));
+    let e = w.answer().unwrap().unwrap_err();
+    assert_eq!(e.code, ErrorCode::Timeout);
+    assert!(
+        e.message.contains("250 ms") && e.message.contains("start it again"),
+        "{e}"
+    );
+    assert_eq!(w.reason().as_deref(), Some("failed"));
+}
+
+#[test]
+fn an_end_has_its_reason() {
+    for (event, reason) in [
+        (Event::Shutdown, "shutdown"),
+        (Event::Reset, "reset"),
+        (Event::Panic, "panic"),
+        (Event::Gone, "lost"),
+    ] {
+        let mut w = World::running();
+        w.event(Event::DiskError);
+        assert_eq!(w.reason(), None);
+        w.event(event);
+        assert_eq!(w.reason().as_deref(), Some(reason));
+        assert!(w.vm.vmm().is_none() && w.vm.agent().is_none());
+        w.ask(Op::Shutdown { grace_ms: 1 }).unwrap().unwrap();
+        assert_eq!(w.reason().as_deref(), Some(reason));
+    }
+    let mut w = World::new(How::Cold);
+    w.ask(Op::Prepare);
+    assert_eq!(code(w.event(Event::Reset)), ErrorCode::BadGateway);
+}
+
+#[test]
+fn shutdown_ends_whatever_waits() {
+    let mut w = World::pooled(How::Template);
+    w.disk();
+    w.ask(attach(1000));
+    assert_eq!(code(w.ask(Op::Pause)), ErrorCode::Conflict);
+    assert!(w.ask(Op::Status).unwrap().is_ok());
+    w.next += 1;
+    w.vm.request(w.next, Op::Shutdown { grace_ms: 0 }, w.now);
+    let answers = w.vm.take_answers();
+    assert_eq!(answers.len(), 2);
+    assert!(answers[0].1.is_err() && answers[1].1.is_ok());
+    // The grace is bounded, whatever is asked for, and over for a guest that says nothing.
+    let mut w = World::running();
+    assert!(w.ask(Op::Shutdown { grace_ms: u64::MAX }).is_none());
+    let limit = Duration::from_millis(SHUTDOWN_GRACE_MAX_MS);
+    assert_eq!(w.vm.deadline(), Some(w.now + limit));
+    w.vm.on_time(w.now + limit);
+    assert!(w.answer().unwrap().is_ok());
+    assert_eq!(w.reason().as_deref(), Some("shutdown"));
+}
+
+#[test]
+fn a_workspace_may_say_what_it_likes_on_its_own_channel() {
+    let mut w = World::running();
+    for line in [
+        &b"\xff"[..],
+        br#"{"type":"down"}"#,
+        br#"{"type":"up","kernel":"x"}"#,
+    ] {
+        assert!(w.say_bytes(line).is_none());
+        assert_eq!(w.vm.status().vm, VmState::Running);
+    }
+}
+
+#[test]
+fn a_vmm_that_refuses_is_ended() {
+    for act in ["restore", "cont", "disk_attach", "stop"] {
+        let mut w = World::new(How::Template);
+        w.seen.borrow_mut().refuse = Some(act);
+        let mut answer = w.ask(Op::Prepare);
+        if answer.is_none() {
+            w.hear();
+            answer = w.say(r#"{"type":"rehearsed"}"#);
+        }
+        if act == "disk_attach" {
+            w.disk();
+            answer = w.ask(attach(1000));
+        }
+        assert_eq!(code(answer), ErrorCode::VmUnavailable, "{act}");
+        assert_eq!(w.reason().as_deref(), Some("failed"), "{act}");
+    }
+}
+
+#[test]
+fn an_attach_needs_a_disk_and_a_bounded_wait() {
+    let mut w = World::pooled(How::Template);
+    assert_eq!(code(w.ask(attach(1000))), ErrorCode::Conflict);
+    w.disk();
+    assert!(
+        w.vm.disk_keep(tempfile::tempfile().unwrap().into(), 1 << 21)
+            .is_err()
+    );
+    for wait_ms in [0, ATTACH_WAIT_MAX_MS + 1] {
+        assert_eq!(code(w.ask(attach(wait_ms))), ErrorCode::ValidationError);
+    }
+    assert!(w.ask(attach(1000)).is_none());
+}
+
+proptest::proptest! {
+    /// Whatever comes, in whatever order: no panic, and the state stays one of the drawn ones.
+    #[test]
+    fn no_order_of_things_panics(steps in proptest::collection::vec(0u8..14, 0..40)) {
+        let mut w = World::new(How::Template);
+        for s in steps {
+            match s {
+                0 => drop(w.ask(Op::Prepare)),
+                1 => drop(w.say(r#"{"type":"rehearsed"}"#)),
+                2 => drop(w.say(r#"{"type":"up","kernel":"6"}"#)),
+                3 => drop(w.vm.disk_keep(tempfile::tempfile().unwrap().into(), 1 << 21)),
+                4 => drop(w.ask(attach(100))),
+                5 => drop(w.ask(Op::Pause)),
+                6 => drop(w.ask(Op::Resume)),
+                7 => drop(w.ask(Op::Shutdown { grace_ms: 50 })),
+                8 => drop(w.ask(Op::Save)),
+                9 => drop(w.event(Event::Reset)),
+                10 => drop(w.say_bytes(b"\0")),
+                11 => { w.now += Duration::from_millis(60); w.vm.on_time(w.now); }
+                12 => drop(w.say(r#"{"type":"down"}"#)),
+                _ => drop(w.ask(Op::Status)),
+            }
+            let waits = w.vm.deadline().is_some();
+            let s = w.vm.status();
+            proptest::prop_assert!(!(waits && s.vm == VmState::Exited));
+        }
+    }
+}

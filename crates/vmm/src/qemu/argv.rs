@@ -296,7 +296,7 @@ mod tests {
     fn a_template_is_mapped_private_and_read_only() {
         let a = text(How::Template).join(" ");
         assert!(a.contains("share=off,readonly=on,rom=off,mem-path=/template/memory"));
-        assert!(!a.contains("-kernel"));
+        assert!(!a.contains("-kernel /"));
         let b = text(How::Build).join(" ");
         assert!(b.contains("share=on,mem-path=/template/memory"));
     }
