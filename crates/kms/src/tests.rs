@@ -367,6 +367,59 @@ async fn releases_go_on_while_the_epoch_changes() {
     assert_eq!(w.status().await.epoch, 6);
 }
 
+#[tokio::test]
+async fn the_epoch_changes_each_day_if_the_log_hears_of_it() {
+    let w = World::new().await;
+    w.create(&account(1), &workspace(1)).await.unwrap();
+    w.kms.converge().await.unwrap();
+    assert_eq!(w.status().await.epoch, 1);
+    w.clock
+        .set_ms(crate::testing::NOW_MS + crate::limits::EPOCH_MAX_AGE_MS);
+    w.log.down.store(true, Ordering::Release);
+    assert!(w.kms.converge().await.is_err());
+    assert_eq!(w.status().await.epoch, 1);
+    w.log.down.store(false, Ordering::Release);
+    w.kms.converge().await.unwrap();
+    w.kms.converge().await.unwrap();
+    assert_eq!(w.status().await.epoch, 2);
+    w.release(&account(1), &workspace(1)).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_full_outbox_makes_closing_acts_wait() {
+    let w = World::new().await;
+    let (me, ws) = (account(1), workspace(1));
+    w.create(&me, &ws).await.unwrap();
+    w.log.down.store(true, Ordering::Release);
+    let mut tx = w.kms.inner().store.begin().await.unwrap();
+    sqlx::query(
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 10000)
+         INSERT INTO outbox (class, entry) SELECT 'host', '{}' FROM n",
+    )
+    .execute(&mut *tx)
+    .await
+    .unwrap();
+    tx.commit().await.unwrap();
+    assert!(w.destroy(&me, &ws).await.is_err());
+    // Nothing was erased, and nothing is left half done.
+    w.log.down.store(false, Ordering::Release);
+    w.release(&me, &ws).await.unwrap();
+    w.kms.converge().await.unwrap();
+    w.destroy(&me, &ws).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_newer_format_is_refused() {
+    let w = World::new().await;
+    let mut tx = w.kms.inner().store.begin().await.unwrap();
+    sqlx::query("UPDATE state SET format = 2")
+        .execute(&mut *tx)
+        .await
+        .unwrap();
+    tx.commit().await.unwrap();
+    assert!(w.kms.inner().store.state().await.is_err());
+}
+
 /// Prints the rate of audited releases, the log's own work included:
 /// `cargo test --release -p casemate-kms -- --ignored --nocapture rate`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

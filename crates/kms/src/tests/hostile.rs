@@ -365,3 +365,52 @@ fn wire_requests_are_closed() {
         assert!(serde_json::from_str::<Op>(bad).is_err(), "{bad}");
     }
 }
+
+fn json() -> impl Strategy<Value = Value> {
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<u64>().prop_map(Value::from),
+        "[ -~]{0,40}".prop_map(Value::from),
+    ];
+    leaf.prop_recursive(3, 24, 6, |inner| {
+        let key = prop_oneof![
+            Just("log"),
+            Just("index"),
+            Just("leaf"),
+            Just("opening"),
+            Just("salt"),
+            Just("payload"),
+            Just("proof"),
+            Just("checkpoint"),
+            Just("x"),
+        ];
+        prop_oneof![
+            proptest::collection::vec(inner.clone(), 0..6).prop_map(Value::from),
+            proptest::collection::vec((key, inner), 0..8)
+                .prop_map(|pairs| pairs.into_iter().map(|(k, v)| (k.to_owned(), v)).collect()),
+        ]
+    })
+}
+
+proptest! {
+    /// Whatever arrives is refused or no request at all; nothing panics.
+    #[test]
+    fn garbage_is_refused(receipt in json(), attestation in "[ -~]{0,80}", op in json()) {
+        let key = |n| seal::sign::SigningKey::from_seed(&[n; 32]).public();
+        let trust = crate::check::Trust {
+            audit: key(1),
+            origin: "casemate.local/test/host".into(),
+            mint: key(2),
+            gateway: key(3),
+            edge: key(4),
+            hosts: [].into(),
+            disk_measurements: vec![],
+        };
+        let ws = workspace(1);
+        prop_assert!(crate::check::release(&trust, &receipt, &attestation, 0, 1).is_err());
+        prop_assert!(crate::check::create(&trust, &receipt, 1).is_err());
+        prop_assert!(crate::check::destroy(&trust, &ws, &attestation, 1).is_err());
+        prop_assert!(serde_json::from_value::<Op>(op).is_err());
+    }
+}
