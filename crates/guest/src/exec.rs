@@ -363,7 +363,6 @@ impl Task {
     ///
     /// # Errors
     /// If too many listen already.
-    #[expect(clippy::type_complexity, reason = "used once, and read at a glance")]
     pub fn subscribe(&self) -> Result<(Bytes, Bytes, Option<mpsc::Receiver<Event>>), &'static str> {
         let mut state = self.lock();
         let receiver = if state.end.is_some() {

@@ -67,7 +67,10 @@ impl Vm {
                 "qboot.rom",
                 "-append",
             ])
-            .arg(format!("console=ttyS0 panic=-1 rdinit=/init tsc_early_khz={}", host_khz()))
+            .arg(format!(
+                "console=ttyS0 panic=-1 rdinit=/init tsc_early_khz={}",
+                host_khz()
+            ))
             .args([
                 "-serial",
                 &format!("file:{}", dir.join("serial.log").display()),
@@ -126,7 +129,10 @@ impl Vm {
 /// machine, and the kernel then waits for ever.
 fn host_khz() -> u64 {
     let info = fs::read_to_string("/proc/cpuinfo").unwrap();
-    let line = info.lines().find(|line| line.starts_with("cpu MHz")).unwrap();
+    let line = info
+        .lines()
+        .find(|line| line.starts_with("cpu MHz"))
+        .unwrap();
     let mhz: f64 = line.rsplit(' ').next().unwrap().parse().unwrap();
     (mhz * 1000.0) as u64
 }

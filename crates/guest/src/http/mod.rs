@@ -208,7 +208,12 @@ async fn route(service: &Arc<Service>, request: Request<Incoming>) -> Reply {
     let path = request::strip_target(&path)?;
     let method = request.method().clone();
     let (get, post, delete) = (Method::GET, Method::POST, Method::DELETE);
-    match path.trim_start_matches('/').split('/').collect::<Vec<_>>()[..] {
+    match path
+        .strip_prefix('/')
+        .unwrap_or_default()
+        .split('/')
+        .collect::<Vec<_>>()[..]
+    {
         ["health"] => {
             request::allow(&method, &[get])?;
             reply::json(200, &json!({"success": true, "status": "ok"}))
@@ -221,17 +226,17 @@ async fn route(service: &Arc<Service>, request: Request<Incoming>) -> Reply {
             request::allow(&method, &[get])?;
             reply::json(200, &runtimes())
         }
-        ["exec"] => match request::allow(&method, &[post, get, delete])? {
-            &Method::POST => exec::create(service, request, false).await,
-            &Method::GET => exec::list(service),
+        ["exec"] => match *request::allow(&method, &[post, get, delete])? {
+            Method::POST => exec::create(service, request, false).await,
+            Method::GET => exec::list(service),
             _ => exec::delete_all(service),
         },
-        ["exec", "stream"] => match request::allow(&method, &[post, get])? {
-            &Method::POST => exec::create(service, request, true).await,
+        ["exec", "stream"] => match *request::allow(&method, &[post, get])? {
+            Method::POST => exec::create(service, request, true).await,
             _ => exec::subscribe(service, &request),
         },
-        ["exec", id] => match request::allow(&method, &[get, delete])? {
-            &Method::GET => exec::get(service, id),
+        ["exec", id] => match *request::allow(&method, &[get, delete])? {
+            Method::GET => exec::get(service, id),
             _ => exec::delete(service, id),
         },
         ["exec", id, "input"] => {
