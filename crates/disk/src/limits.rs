@@ -55,5 +55,6 @@ pub const BACKING_FD: i32 = 4;
 pub const FUSE_FD: i32 = 5;
 /// The template of a new volume; may be absent.
 pub const TEMPLATE_FD: i32 = 6;
-/// A clone of it (`FUSE_DEV_IOC_CLONE`), the second worker's own queue; may be absent.
+/// Another open `/dev/fuse`, joined to the mount (`FUSE_DEV_IOC_CLONE`) or to be: the second
+/// worker's own queue. May be absent.
 pub const FUSE_CLONE_FD: i32 = 7;

@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::ops::RangeInclusive;
-use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, mpsc};
 use std::thread;
 
@@ -277,8 +277,10 @@ impl Inherited {
         let control = take_fd(CONTROL_FD).ok_or(missing("descriptor 3 (control)"))?;
         let backing = take_fd(BACKING_FD).ok_or(missing("descriptor 4 (backing file)"))?;
         let fuse = take_fd(FUSE_FD).ok_or(missing("descriptor 5 (/dev/fuse)"))?;
+        let second = take_fd(FUSE_CLONE_FD)
+            .map(|fd| join_queue(fd, &fuse))
+            .transpose()?;
         let fuse = Arc::new(File::from(fuse));
-        let second = take_fd(FUSE_CLONE_FD).map(|fd| Arc::new(File::from(fd)));
         let second = second.unwrap_or_else(|| Arc::clone(&fuse));
         let template = take_fd(TEMPLATE_FD).map(File::from);
         let files = Files {
@@ -308,6 +310,23 @@ fn close_from(first: RawFd) -> Result<(), DiskError> {
     Err(DiskError::io("closing stray descriptors")(
         std::io::Error::last_os_error(),
     ))
+}
+
+/// Makes `fd`, an open `/dev/fuse`, another queue of the mount behind `fuse`, if it is not yet one.
+fn join_queue(fd: OwnedFd, fuse: &OwnedFd) -> Result<Arc<File>, DiskError> {
+    const FUSE_DEV_IOC_CLONE: rustix::ioctl::Opcode = rustix::ioctl::opcode::read::<u32>(229, 0);
+    let source = u32::try_from(fuse.as_raw_fd()).expect("descriptors are not negative");
+    // SAFETY: the call reads one u32, which outlives it; `fd` and `fuse` are open.
+    let joined = unsafe {
+        let call = rustix::ioctl::Setter::<FUSE_DEV_IOC_CLONE, u32>::new(source);
+        rustix::ioctl::ioctl(&fd, call)
+    };
+    match joined {
+        Ok(()) | Err(rustix::io::Errno::INVAL) => Ok(Arc::new(File::from(fd))), // INVAL: it is one.
+        Err(error) => Err(DiskError::io("joining the second /dev/fuse to the mount")(
+            error,
+        )),
+    }
 }
 
 #[cfg(test)]

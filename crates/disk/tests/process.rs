@@ -37,8 +37,16 @@ struct Plan {
     bytes_per_s: u64,
     ops_per_s: u64,
     format: bool,
-    second_queue: bool,
+    second_queue: SecondQueue,
     disk_key: [u8; 32],
+}
+
+/// What descriptor 7 is.
+#[derive(Clone, Copy)]
+enum SecondQueue {
+    None,
+    ToJoin,
+    Joined,
 }
 
 impl Default for Plan {
@@ -47,7 +55,7 @@ impl Default for Plan {
             bytes_per_s: 1 << 40,
             ops_per_s: 100_000_000,
             format: false,
-            second_queue: true,
+            second_queue: SecondQueue::ToJoin,
             disk_key: DISK_KEY,
         }
     }
@@ -60,7 +68,11 @@ impl Disk {
             rustix::net::socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None).unwrap();
         let fuse = open_fuse();
         let mount = fuse_mount(&fuse);
-        let second = plan.second_queue.then(|| clone_queue(&fuse));
+        let second = match plan.second_queue {
+            SecondQueue::None => None,
+            SecondQueue::ToJoin => Some(open_fuse()),
+            SecondQueue::Joined => Some(clone_queue(&fuse)),
+        };
         let given = [
             (3, theirs.as_raw_fd()),
             (4, backing.as_raw_fd()),
@@ -576,30 +588,32 @@ fn readable_memory(pid: u32) -> Vec<Vec<u8>> {
 }
 
 #[test]
-fn one_queue_is_enough() {
-    let backing = tempfile::tempfile().unwrap();
-    let disk = Disk::started(
-        &backing,
-        None,
-        &Plan {
-            second_queue: false,
-            ..fresh()
-        },
-    );
-    let file = disk.open().unwrap();
-    let pattern = |byte: u8| vec![byte; 300_000];
-    std::thread::scope(|scope| {
-        for byte in 1..5u8 {
-            let file = &file;
-            scope.spawn(move || {
-                let at = VOLUME + u64::from(byte) * 300_000;
-                file.write_all_at(&pattern(byte), at).unwrap();
-                assert_eq!(read(file, at, 300_000), pattern(byte));
-            });
-        }
-    });
-    drop(file);
-    disk.close();
+fn one_queue_is_enough_and_the_second_may_be_joined_already() {
+    for second_queue in [SecondQueue::None, SecondQueue::ToJoin, SecondQueue::Joined] {
+        let backing = tempfile::tempfile().unwrap();
+        let disk = Disk::started(
+            &backing,
+            None,
+            &Plan {
+                second_queue,
+                ..fresh()
+            },
+        );
+        let file = disk.open().unwrap();
+        let pattern = |byte: u8| vec![byte; 300_000];
+        std::thread::scope(|scope| {
+            for byte in 1..5u8 {
+                let file = &file;
+                scope.spawn(move || {
+                    let at = VOLUME + u64::from(byte) * 300_000;
+                    file.write_all_at(&pattern(byte), at).unwrap();
+                    assert_eq!(read(file, at, 300_000), pattern(byte));
+                });
+            }
+        });
+        drop(file);
+        disk.close();
+    }
 }
 
 /// DSK-5. Not a time that must be kept, but one that can't be undercut.
