@@ -21,6 +21,7 @@ pub mod log;
 pub mod qemu;
 pub mod sandbox;
 pub mod server;
+pub mod tsc;
 pub mod vmctl;
 
 use std::os::fd::BorrowedFd;

@@ -162,7 +162,7 @@ pub fn argv(spec: &Spec) -> Vec<OsString> {
         How::Cold | How::Build => a
             .opt("-kernel", &spec.paths.kernel)
             .opt("-initrd", &spec.paths.initramfs)
-            .opt("-append", "console=null quiet panic=-1 rdinit=/init"),
+            .opt("-append", append(spec.accel)),
     };
     if spec.how != How::Cold {
         a.opt("-add-fd", format!("fd={STATE_FD},set={STATE_FDSET}"));
@@ -214,6 +214,17 @@ pub fn argv(spec: &Spec) -> Vec<OsString> {
         format!("virtio-net-device,netdev=net,mac={GUEST_MAC}"),
     );
     a.0
+}
+
+/// The kernel's command line.
+fn append(accel: Accel) -> String {
+    let mut text = "console=null quiet panic=-1 rdinit=/init".to_owned();
+    // Under the translator the guest's time-stamp counter is the host's. A guest that measures
+    // it against the PIT on a busy host may fail, and then waits for ever.
+    if let (Accel::Tcg, Some(khz)) = (accel, crate::tsc::khz()) {
+        text.push_str(&format!(" tsc_early_khz={khz}"));
+    }
+    text
 }
 
 #[derive(Default)]
