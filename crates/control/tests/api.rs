@@ -1,5 +1,5 @@
 //! The control API, against doubles of the processes that it asks.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, unreachable_pub)]
 
 mod common;
 
@@ -159,10 +159,20 @@ async fn each_operation_is_closed_to_others_and_each_act_leaves_entries() {
         .chain(UNSUPPORTED)
     {
         // A workspace of its own, in the state the operation wants.
-        let id = w.workspace(json!({ "config": { "ttl": "1h" } })).await;
+        let fails = Error::new(ErrorCode::VmUnavailable, "the test wants it so");
+        let first_fails = o.id == "provisioning_retry";
+        w.doubles.state().starts_fail = first_fails.then_some(fails);
+        let id = w
+            .workspace(json!({ "config": { "ttl": "1h", "restart_policy": "no" } }))
+            .await;
+        w.doubles.state().starts_fail = None;
         match o.id {
             "workspace_resume" => drop(
                 w.ok(1, "POST", &format!("/workspace/{id}/pause"), Value::Null)
+                    .await,
+            ),
+            "workspace_start" => drop(
+                w.ok(1, "POST", &format!("/workspace/{id}/stop"), Value::Null)
                     .await,
             ),
             "erasure_get" => drop(

@@ -1,5 +1,5 @@
 //! The store, on each database there is.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, unreachable_pub)]
 
 mod common;
 
