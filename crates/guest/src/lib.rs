@@ -25,4 +25,5 @@ pub mod power;
 pub mod reap;
 pub mod rehearse;
 pub mod rootfs;
+pub mod standin;
 mod sys;

@@ -14,7 +14,7 @@ use std::time::Duration;
 use api::agent::tls_name;
 use api::mint::{GatewayClaims, TokenState};
 use model::{AccountId, WorkspaceId};
-use rustix::mount::{MountFlags, MountPropagationFlags, mount_change};
+use rustix::mount::{MountPropagationFlags, mount_change};
 use rustix::thread::UnshareFlags;
 use seal::sign::{Signed, SigningKey};
 use seal::tls::tokio_rustls::TlsConnector;
@@ -23,10 +23,11 @@ use tokio::net::{TcpListener, TcpStream};
 
 use crate::attach::{DISK, memory_bytes};
 use crate::auth::Auth;
-use crate::boot::{BASE, BootError, mount, step};
+use crate::boot::{BASE, BootError, step};
 use crate::exec::Tasks;
 use crate::http::{Service, serve_edge};
 use crate::launch::Launcher;
+use crate::standin::{standin_gone_wait, standin_mount};
 use crate::{clock, rootfs};
 
 /// The argument that makes the agent's executable the rehearsal.
@@ -44,6 +45,7 @@ pub fn rehearse() -> Result<(), BootError> {
         .arg(ARGUMENT)
         .status()
         .map_err(failed())?;
+    standin_gone_wait();
     if status.success() {
         Ok(())
     } else {
@@ -64,14 +66,7 @@ pub fn run() -> Result<(), BootError> {
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     mount_change("/", private).map_err(|e| step("making mounts private")(e.into()))?;
     let disk = Path::new(DISK);
-    mount(
-        "tmpfs",
-        "tmpfs",
-        disk,
-        MountFlags::empty(),
-        Some(c"size=16m"),
-    )
-    .map_err(step("mounting a stand-in for the disk"))?;
+    standin_mount(disk).map_err(step("mounting a stand-in for the disk"))?;
     let root = rootfs::assemble(Path::new(BASE), disk, Path::new("/root-rehearsal"))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

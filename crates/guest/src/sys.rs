@@ -10,6 +10,9 @@ const BLKPG_ADD_PARTITION: libc::c_int = 1;
 const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
 const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
 const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
+const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4c82;
+const LOOP_CONFIGURE: libc::c_ulong = 0x4c0a;
+const LO_FLAGS_AUTOCLEAR: u32 = 4;
 const EXT4_IOC_RESIZE_FS: libc::c_ulong = 0x4008_6610;
 
 /// `struct blkpg_partition`.
@@ -38,6 +41,19 @@ struct RandPoolInfo {
     buf_size: libc::c_int,
     buf: [u8; 64],
 }
+
+/// `struct loop_config`: everything but the fields used here is zero.
+#[repr(C)]
+struct LoopConfig {
+    fd: u32,
+    block_size: u32,
+    /// `loop_info64` up to `lo_flags`: five u64 and three u32.
+    before_flags: [u32; 13],
+    flags: u32,
+    /// Its names, key and `lo_init`, and eight reserved u64.
+    after_flags: [u32; 60],
+}
+const _: () = assert!(std::mem::size_of::<LoopConfig>() == 8 + 232 + 64);
 
 fn check(result: libc::c_int) -> io::Result<()> {
     if result == -1 {
@@ -96,6 +112,27 @@ pub(crate) fn random_reseed(seed: &[u8; 64]) -> io::Result<()> {
 pub(crate) fn ext4_resize(on: &File, blocks: u64) -> io::Result<()> {
     // SAFETY: the kernel reads one u64.
     check(unsafe { libc::ioctl(on.as_raw_fd(), EXT4_IOC_RESIZE_FS as _, &raw const blocks) })
+}
+
+/// The number of a loop device that nothing is behind.
+pub(crate) fn loop_free(control: &File) -> io::Result<i32> {
+    // SAFETY: takes no argument.
+    let number = unsafe { libc::ioctl(control.as_raw_fd(), LOOP_CTL_GET_FREE as _) };
+    check(number).map(|()| number)
+}
+
+/// Puts `file` behind the loop device, until its last user is gone.
+pub(crate) fn loop_configure(device: &File, file: &File) -> io::Result<()> {
+    let mut config = LoopConfig {
+        fd: file.as_raw_fd().cast_unsigned(),
+        block_size: 4096,
+        before_flags: [0; 13],
+        flags: LO_FLAGS_AUTOCLEAR,
+        after_flags: [0; 60],
+    };
+    // SAFETY: the structure has the size and fields of linux/loop.h's `struct loop_config` (the
+    // assertion beside it), and is only read.
+    check(unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE as _, &raw mut config) })
 }
 
 /// A socket for interface ioctls.
