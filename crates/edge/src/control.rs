@@ -295,4 +295,21 @@ mod tests {
             assert_eq!(check(bad).map(|_| ()), Err(401), "{bad:?}");
         }
     }
+
+    proptest::proptest! {
+        #[test]
+        fn hostile_credentials_never_panic(bytes: Vec<u8>, twice: bool) {
+            let Ok(value) = HeaderValue::from_bytes(&bytes) else { return Ok(()) };
+            for name in ["authorization", "x-client-id", "x-client-secret"] {
+                let mut headers = HeaderMap::new();
+                headers.append(name, value.clone());
+                if twice {
+                    headers.append(name, value.clone());
+                }
+                if let Ok(Credential::Bearer { token }) = credential(&headers) {
+                    proptest::prop_assert!(!token.is_empty() && !twice);
+                }
+            }
+        }
+    }
 }

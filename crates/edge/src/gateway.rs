@@ -18,6 +18,7 @@ use service::clock::Clock;
 use crate::answer::Refusal;
 use crate::body::{AtEnd, Payload, Relay};
 use crate::control::bearer;
+use crate::feeds::Feeds;
 use crate::guest::{Guests, Key};
 use crate::headers;
 use crate::server::Seen;
@@ -30,6 +31,8 @@ pub struct Gateway {
     pub key: VerifyingKey,
     /// Who may pass.
     pub table: Arc<Table>,
+    /// What is new about that.
+    pub feeds: Arc<Feeds>,
     /// Where to.
     pub guests: Arc<Guests>,
     /// When.
@@ -67,7 +70,14 @@ impl Gateway {
     ) -> Result<Response<Payload>, Refusal> {
         let (parts, body) = request.into_parts();
         let (workspace, claims) = self.claims(&parts)?;
-        let (route, live) = self.table.admit(&workspace, &claims)?;
+        let (route, live) = match self.table.admit(&workspace, &claims) {
+            // It may have changed a moment ago: who waited for a start or an opening finds it so.
+            Err(e) if may_have_changed(e.code) => {
+                self.feeds.refresh().await;
+                self.table.admit(&workspace, &claims)?
+            }
+            judged => judged?,
+        };
         if is_platforms(parts.uri.path()) {
             return Err(Refusal::new(ErrorCode::NotFound, "no such call"));
         }
@@ -145,6 +155,16 @@ impl Gateway {
             ),
         }
     }
+}
+
+fn may_have_changed(code: ErrorCode) -> bool {
+    matches!(
+        code,
+        ErrorCode::NotFound
+            | ErrorCode::NetworkBlocked
+            | ErrorCode::VmNotRunning
+            | ErrorCode::Forbidden
+    )
 }
 
 /// Paths whose clients can't set headers.

@@ -3,8 +3,8 @@
 //! | file (0600, in the edge's state) | what |
 //! |---|---|
 //! | `identity.seed` | Ed25519 seed; the public half is guests' anchor for the edge |
-//! | `ca.json` | the local CA, `{cert_pem, key_pem}` |
-//! | `server.json` | the server certificate, `{names, issued_s, expires_s, cert_pem, key_pem}` |
+//! | `ca.json` | the local CA, `{v, cert_pem, key_pem}` |
+//! | `server.json` | the server certificate, `{v, names, issued_s, expires_s, cert_pem, key_pem}` |
 //!
 //! All are written beside, synced and renamed; a missing one is made by `init`. The server
 //! certificate is issued again when a third of its life is left, or its names changed.
@@ -23,6 +23,8 @@ use service::files::{read_bounded, seed_or_create, write_atomic};
 use crate::limits::SERVER_CERT_TTL;
 
 const FILE_MAX_BYTES: u64 = 64 << 10;
+/// Version of both JSON files; docs/formats/edge-keys.md.
+const VERSION: u32 = 1;
 
 /// Where the keys are, and for which names the server certificate is.
 pub struct Keys {
@@ -33,6 +35,7 @@ pub struct Keys {
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Ca {
+    v: u32,
     cert_pem: String,
     #[serde(with = "key_text")]
     key_pem: Zeroizing<String>,
@@ -41,6 +44,7 @@ struct Ca {
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ServerCert {
+    v: u32,
     names: Vec<String>,
     issued_s: i64,
     expires_s: i64,
@@ -138,6 +142,7 @@ impl Keys {
             .context("issue a certificate for edge.control_hosts and edge.gateway_hosts")?;
         let life_s = i64::try_from(SERVER_CERT_TTL.as_secs()).unwrap_or(i64::MAX);
         let cert = ServerCert {
+            v: VERSION,
             names: self.names.clone(),
             issued_s: now_s,
             expires_s: now_s.saturating_add(life_s),
@@ -155,6 +160,7 @@ impl Keys {
         }
         let made = local_ca::make().context("make the local CA")?;
         let ca = Ca {
+            v: VERSION,
             cert_pem: made.cert_pem,
             key_pem: made.key_pem,
         };
@@ -169,13 +175,22 @@ fn read<T: for<'a> Deserialize<'a>>(path: &Path) -> anyhow::Result<Option<T>> {
         r => Zeroizing::new(r.with_context(|| format!("read {}", path.display()))?),
     };
     // serde's message may quote the file: it holds a key.
-    let parsed = serde_json::from_slice(&bytes).map_err(|_| {
-        anyhow::anyhow!(
-            "{} is damaged; remove it and start again to make a new one",
+    let value: serde_json::Value = serde_json::from_slice(&bytes).map_err(|_| damaged(path))?;
+    if value.get("v").and_then(serde_json::Value::as_u64) != Some(u64::from(VERSION)) {
+        anyhow::bail!(
+            "{} is not of version {VERSION}, the one this program knows",
             path.display()
-        )
-    })?;
+        );
+    }
+    let parsed = T::deserialize(value).map_err(|_| damaged(path))?;
     Ok(Some(parsed))
+}
+
+fn damaged(path: &Path) -> anyhow::Error {
+    anyhow::anyhow!(
+        "{} is damaged; remove it and start again to make a new one",
+        path.display()
+    )
 }
 
 fn write(path: &Path, value: &impl Serialize) -> anyhow::Result<()> {
@@ -235,5 +250,11 @@ mod tests {
             Keys::new(dir.path().into(), &[]).ca_pem().unwrap_err()
         );
         assert!(e.contains("ca.json") && !e.contains("SECRET"), "{e}");
+        std::fs::write(dir.path().join("ca.json"), b"{\"v\": 2}").unwrap();
+        let e = format!(
+            "{:#}",
+            Keys::new(dir.path().into(), &[]).ca_pem().unwrap_err()
+        );
+        assert!(e.contains("version 1"), "{e}");
     }
 }

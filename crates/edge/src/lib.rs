@@ -48,6 +48,7 @@ use service::{print_trust, stop_requested, trust};
 use tokio::sync::watch;
 
 use control::Control;
+use feeds::Feeds;
 use gateway::Gateway;
 use guest::Guests;
 use hosts::Hosts;
@@ -91,8 +92,6 @@ pub struct Edge {
     pub table: Arc<Table>,
     /// Counters.
     pub metrics: Arc<Metrics>,
-    mint: Client,
-    host: Client,
 }
 
 impl Edge {
@@ -102,25 +101,26 @@ impl Edge {
         let metrics = Arc::new(Metrics::default());
         let table = Table::new(parts.mint_key, parts.net);
         let guests = Arc::new(Guests::new(parts.identity, Arc::clone(&metrics)));
+        // Clients of their own: a stuck feed must not delay an assertion.
+        let (mint, host) = (Client::new(&parts.mint), Client::new(&parts.host));
+        let feeds = Feeds::new(mint, host, Arc::clone(&table));
         let server = Arc::new(Server {
             hosts: parts.hosts,
             control: Control::new(Client::new(&parts.mint), parts.control),
             gateway: Gateway {
                 key: parts.gateway_key,
                 table: Arc::clone(&table),
+                feeds,
                 guests,
                 clock: parts.clock,
             },
             metrics: Arc::clone(&metrics),
             connections_max: parts.connections_max,
         });
-        let (mint, host) = (Client::new(&parts.mint), Client::new(parts.host));
         Self {
             server,
             table,
             metrics,
-            mint,
-            host,
         }
     }
 
@@ -133,9 +133,10 @@ impl Edge {
     ) {
         let mut background = tokio::task::JoinSet::new();
         let table = || Arc::clone(&self.table);
-        // Clients of their own: a stuck feed must not delay an assertion.
-        background.spawn(feeds::follow(Source::Mint, self.mint.clone(), table()));
-        background.spawn(feeds::follow(Source::Host, self.host.clone(), table()));
+        for source in [Source::Mint, Source::Host] {
+            let feeds = Arc::clone(&self.server.gateway.feeds);
+            background.spawn(feeds.follow(source));
+        }
         let guests = Arc::clone(&self.server.gateway.guests);
         background.spawn(feeds::tell_guests(
             table(),

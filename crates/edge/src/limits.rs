@@ -89,6 +89,10 @@ pub const FEED_LOST_CUT: Duration = Duration::from_secs(5);
 pub const FEED_PAGE: usize = 1_000;
 /// Pages of one full read of a feed.
 pub const FEED_PAGES_MAX: usize = 1_000;
+/// How long one page of a full read may take.
+pub const FULL_READ_MAX: Duration = Duration::from_secs(10);
+/// Refused requests that may ask the feeds once more at the same time.
+pub const REFRESHES_MAX: usize = 32;
 /// Token states being handed to guests at once.
 pub const PUSHES_MAX: usize = 256;
 /// Pause before a token state is offered again to a guest that did not take it.

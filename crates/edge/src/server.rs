@@ -4,6 +4,8 @@
 //!  accept ─▶ room? ─▶ TLS 1.3 ─▶ HTTP/1.1 or 2 (by ALPN) ─▶ host ─▶ control | gateway ─▶ HSTS
 //! ```
 //! Of a request only time, source address, status and bytes are recorded (EDGE-3).
+//! One answer is not ours to mark: a head that HTTP/2 unpacks to more than 64 KiB is refused by the
+//! library itself, with a bare 431.
 //! Must never write a body anywhere (EDGE-2), or answer without HSTS (EDGE-1).
 
 use std::convert::Infallible;
@@ -132,13 +134,15 @@ async fn stopped(stop: &mut watch::Receiver<bool>) {
 macro_rules! drive {
     ($connection:expr, $stop:expr, $activity:expr) => {{
         let mut connection = std::pin::pin!($connection);
-        let mut asked = false;
+        let (mut asked, mut idle) = (false, false);
         loop {
             tokio::select! {
                 // Its fault is the client's: it went away or spoke no HTTP.
                 _ = connection.as_mut() => break,
                 () = stopped($stop), if !asked => asked = true,
-                () = $activity.idle(), if !asked => asked = true,
+                () = $activity.idle(), if !asked => (asked, idle) = (true, true),
+                // It was asked, and had nothing to finish.
+                () = tokio::time::sleep(KEEP_ALIVE_ANSWER_MAX), if idle => break,
             }
             connection.as_mut().graceful_shutdown();
         }

@@ -243,3 +243,20 @@ async fn a_guest_that_talks_nonsense_is_a_bad_gateway() {
     ws.actual(|a| a.start_id = Some(model::StartId::from_bytes([9; 8])));
     ws.becomes(&token, 502, "bad_gateway").await;
 }
+
+#[tokio::test]
+async fn who_was_told_of_a_change_finds_it_made() {
+    let w = World::new().await;
+    let ws = w.workspace(1).await;
+    ws.actual(|a| a.public_access = false);
+    ws.becomes(&ws.token(|_| {}), 403, "network_blocked").await;
+    w.mint.slow.store(true, Ordering::Relaxed);
+    w.host.slow.store(true, Ordering::Relaxed);
+    eventually("both feeds say nothing more", || {
+        let unheard = |n: &std::sync::atomic::AtomicUsize| n.load(Ordering::SeqCst) > 0;
+        unheard(&w.mint.unheard) && unheard(&w.host.unheard)
+    })
+    .await;
+    ws.actual(|a| a.public_access = true);
+    assert_eq!(w.get(&ws.token(|_| {}), "/health").await.status(), 200);
+}

@@ -78,6 +78,10 @@ pub struct Feed<T> {
     seq: watch::Sender<u64>,
     pub hangs: AtomicBool,
     pub refuses: AtomicBool,
+    /// Who waits for news hears none.
+    pub slow: AtomicBool,
+    /// How often that was so.
+    pub unheard: AtomicUsize,
 }
 
 impl<T: Clone> Feed<T> {
@@ -87,6 +91,8 @@ impl<T: Clone> Feed<T> {
             seq: watch::Sender::new(1),
             hangs: AtomicBool::new(false),
             refuses: AtomicBool::new(false),
+            slow: AtomicBool::new(false),
+            unheard: AtomicUsize::new(0),
         })
     }
 
@@ -116,6 +122,11 @@ impl<T: Clone> Feed<T> {
         let _ = tokio::time::timeout(wait, seq.wait_for(|s| *s > since)).await;
         if self.hangs.load(Ordering::Relaxed) {
             std::future::pending::<()>().await;
+        }
+        if wait_ms > 0 && self.slow.load(Ordering::Relaxed) {
+            self.unheard.fetch_add(1, Ordering::SeqCst);
+            tokio::time::sleep(wait).await;
+            return Ok((since, Vec::new()));
         }
         let states = self.states.lock().unwrap();
         let news = states
