@@ -26,7 +26,8 @@ use crate::identity::{self, Identity, IdentityError};
 use crate::launch::Launcher;
 use crate::limits::{DISK_SIZE_WAIT, LEAF_TTL};
 use crate::net::{self, Address};
-use crate::{rootfs, sys};
+use crate::rootfs;
+use crate::sys::{self, Reseeded};
 
 /// Where the workspace's disk is mounted in the agent's namespace.
 pub const DISK: &str = "/disk";
@@ -98,8 +99,9 @@ pub fn attach(attach: &Attach) -> Result<Workspace, AttachError> {
     clock_set(attach.time_unix_ns)?;
     let (identity, device) = identity::read(Path::new(DEVICE))?;
     let config = config_check(&attach.config, &identity)?;
-    sys::random_reseed(&identity.seed).map_err(step("reseeding the kernel's generator"))?;
-    let tls = tls_config(&identity)?;
+    let reseeded =
+        sys::random_reseed(&identity.seed).map_err(step("reseeding the kernel's generator"))?;
+    let tls = tls_config(&identity, &reseeded)?;
     disk_mount(&device)?;
     drop(device);
     let auth = auth(&identity, &attach.token_state)?;
@@ -129,7 +131,7 @@ pub fn clock_set(unix_ns: u64) -> Result<(), BootError> {
 }
 
 /// The certificate's private key is fresh for each start and stays in this process.
-pub(crate) fn tls_config(identity: &Identity) -> Result<Arc<ServerConfig>, AttachError> {
+fn tls_config(identity: &Identity, _: &Reseeded) -> Result<Arc<ServerConfig>, AttachError> {
     let issuer = seal::tls::Identity::from_seed(&identity.identity_seed);
     let leaf = issuer.leaf(&tls_name(&identity.workspace), LEAF_TTL)?;
     Ok(seal::tls::server_config(
@@ -318,4 +320,68 @@ fn names_set(
 pub(crate) fn memory_bytes() -> u64 {
     let info = rustix::system::sysinfo();
     (info.totalram as u64).saturating_mul(u64::from(info.mem_unit))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use seal::sign::SigningKey;
+
+    fn identity(config: &str) -> Identity {
+        let key = |n| SigningKey::from_seed(&[n; 32]).public();
+        Identity {
+            workspace: "ws_0123456789abcdef".parse().unwrap(),
+            start_id: "st_0123456789abcdef".parse().unwrap(),
+            seed: [7; 64].into(),
+            identity_seed: [3; 32].into(),
+            config_digest: seal::hash::sha256(config.as_bytes()),
+            mint_key: key(1),
+            gateway_key: key(2),
+            edge_key: key(4),
+        }
+    }
+
+    /// A key can't be made without the proof of a reseed, which only the reseed gives; and twins,
+    /// equal in all that the host gave them, then have different keys.
+    #[test]
+    fn i16_a_key_needs_a_reseed() {
+        let identity = identity("");
+        // Without CAP_SYS_ADMIN the kernel refuses, and no key can be made.
+        let Ok(reseeded) = sys::random_reseed(&identity.seed) else {
+            return;
+        };
+        assert!(tls_config(&identity, &reseeded).is_ok());
+        let issuer = seal::tls::Identity::from_seed(&identity.identity_seed);
+        let leaf = || issuer.leaf("x", LEAF_TTL).unwrap();
+        assert_ne!(leaf().1.secret_der(), leaf().1.secret_der());
+    }
+
+    #[test]
+    fn the_config_is_the_leases_or_none() {
+        let config = |change: &str, value: serde_json::Value| {
+            let mut config = serde_json::json!({"workspace": "ws_0123456789abcdef",
+                "hostname": "box", "env": [], "cmd": []});
+            config[change] = value;
+            config.to_string()
+        };
+        let good = config("env", serde_json::json!(["A=b"]));
+        assert_eq!(
+            config_check(&good, &identity(&good)).unwrap().hostname,
+            "box"
+        );
+        let other = config_check(&good, &identity("other")).unwrap_err();
+        assert_eq!(other.code(), "config_mismatch");
+        for bad in [
+            config("workspace", "ws_ffffffffffffffff".into()),
+            config("hostname", "".into()),
+            config("hostname", "a b".into()),
+            config("hostname", "a/../b".into()),
+            config("hostname", "x".repeat(64).into()),
+            config("more", 1.into()),
+            "{".into(),
+        ] {
+            assert!(config_check(&bad, &identity(&bad)).is_err(), "{bad}");
+        }
+    }
 }

@@ -11,7 +11,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use world::{RAW, World, claims, request, state};
 
 #[tokio::test]
-async fn the_direct_door_needs_the_raw_token() {
+async fn i15_the_direct_door_needs_the_raw_token() {
     let world = World::new().await;
     assert_eq!(
         world.call("GET", "/health", "").await.json()["status"],
@@ -46,7 +46,7 @@ async fn the_direct_door_needs_the_raw_token() {
 }
 
 #[tokio::test]
-async fn the_edge_door_needs_both_the_edge_and_a_gateway_token() {
+async fn i15_the_edge_door_needs_both_the_edge_and_a_gateway_token() {
     let world = World::new().await;
     let good = world.call_edge("GET", "/health", &world.jwt(3), "").await;
     assert_eq!(
