@@ -25,13 +25,73 @@ pub async fn over_mtls(
     path: &str,
     token: &str,
 ) -> anyhow::Result<String> {
+    let stream = connect(paths, workspace, ip, edge(paths)?).await?;
+    status(stream, path, token).await
+}
+
+/// The edge's identity: its user may read it.
+fn edge(paths: &Paths) -> anyhow::Result<Identity> {
     let seed = service::files::read_bounded(&paths.state("edge").join("identity.seed"), 32)?;
     let seed: [u8; 32] = seed
         .try_into()
         .ok()
         .context("the edge's identity is not 32 bytes")?;
-    let stream = connect(paths, workspace, ip, Identity::from_seed(&seed)).await?;
-    status(stream, path, token).await
+    Ok(Identity::from_seed(&seed))
+}
+
+/// Calls `POST /exec` with `body` again and again on one connection, over mTLS with the edge's
+/// identity and with `token`; how long each call took.
+///
+/// # Errors
+/// When there is no answer, or one that is no success.
+pub async fn exec_many(
+    paths: &Paths,
+    workspace: &WorkspaceId,
+    ip: Ipv4Addr,
+    token: &str,
+    body: &str,
+    calls: usize,
+) -> anyhow::Result<Vec<Duration>> {
+    let mut stream = connect(paths, workspace, ip, edge(paths)?).await?;
+    let request = format!(
+        "POST /exec HTTP/1.1\r\nhost: agent\r\nauthorization: Bearer {token}\r\n\
+         content-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    let mut took = Vec::new();
+    let mut answer = Vec::new();
+    for _ in 0..calls {
+        let began = std::time::Instant::now();
+        stream.write_all(request.as_bytes()).await?;
+        answer.clear();
+        while !is_whole(&answer)? {
+            let read = tokio::time::timeout(WAIT, stream.read_buf(&mut answer)).await??;
+            anyhow::ensure!(read > 0, "the agent hung up");
+        }
+        took.push(began.elapsed());
+    }
+    Ok(took)
+}
+
+/// Whether a successful answer with a `content-length` is there to its end.
+fn is_whole(answer: &[u8]) -> anyhow::Result<bool> {
+    let text = String::from_utf8_lossy(answer);
+    let Some((head, body)) = text.split_once("\r\n\r\n") else {
+        anyhow::ensure!(answer.len() < 64 << 10, "no HTTP answer");
+        return Ok(false);
+    };
+    anyhow::ensure!(
+        head.starts_with("HTTP/1.1 200"),
+        "the agent answered {}",
+        head.lines().next().unwrap_or_default()
+    );
+    let length = head
+        .lines()
+        .filter_map(|l| l.split_once(':'))
+        .find(|(name, _)| name.eq_ignore_ascii_case("content-length"))
+        .and_then(|(_, value)| value.trim().parse::<usize>().ok())
+        .context("an answer without a length")?;
+    Ok(body.len() >= length)
 }
 
 /// Whether the agent answers a client with another certificate: `answered` or `refused`.

@@ -9,8 +9,8 @@ use api::warden;
 use service::config::Config;
 use service::paths::Paths;
 use std::fs::File;
-use std::io::Read as _;
 use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -105,29 +105,42 @@ impl Probe<'_> {
     }
 }
 
-/// How often `needle` stands in a file.
+/// How often `needle` stands in a file; its holes are skipped.
 ///
 /// # Errors
 /// The file system's.
 pub fn occurrences(path: &Path, needle: &[u8]) -> anyhow::Result<u64> {
+    use rustix::fs::{SeekFrom, seek};
     assert!(
         !needle.is_empty() && needle.len() < CHUNK_BYTES,
         "a needle fits a chunk"
     );
-    let mut file = File::open(path).with_context(|| format!("open {}", path.display()))?;
+    let file = File::open(path).with_context(|| format!("open {}", path.display()))?;
+    let finder = memchr::memmem::Finder::new(needle);
     let mut buffer = vec![0u8; CHUNK_BYTES];
-    let (mut kept, mut found) = (0usize, 0u64);
-    loop {
-        let n = file.read(&mut buffer[kept..])?;
-        if n == 0 {
-            return Ok(found);
+    let (mut found, mut from) = (0u64, 0u64);
+    // ENXIO: no data behind `from`.
+    while let Ok(start) = seek(&file, SeekFrom::Data(from)) {
+        let end = seek(&file, SeekFrom::Hole(start)).unwrap_or(u64::MAX);
+        let (mut at, mut kept) = (start, 0usize);
+        while at < end {
+            let want = usize::try_from(end - at)
+                .unwrap_or(usize::MAX)
+                .min(CHUNK_BYTES - kept);
+            let n = file.read_at(&mut buffer[kept..kept + want], at)?;
+            if n == 0 {
+                return Ok(found);
+            }
+            at += n as u64;
+            let filled = kept + n;
+            found += finder.find_iter(&buffer[..filled]).count() as u64;
+            // What could be the beginning of one more is looked at again with what follows.
+            kept = (needle.len() - 1).min(filled);
+            buffer.copy_within(filled - kept..filled, 0);
         }
-        let filled = kept + n;
-        found += count(&buffer[..filled], needle);
-        // What could be the beginning of one more is looked at again with what follows.
-        kept = (needle.len() - 1).min(filled);
-        buffer.copy_within(filled - kept..filled, 0);
+        from = end;
     }
+    Ok(found)
 }
 
 /// How often `needle` stands in the regular files below a directory, without following links.
@@ -156,20 +169,6 @@ pub fn occurrences_below(dir: &Path, needle: &[u8]) -> anyhow::Result<Vec<(PathB
         }
     }
     Ok(hits)
-}
-
-fn count(haystack: &[u8], needle: &[u8]) -> u64 {
-    let first = needle[0];
-    let mut n = 0;
-    let mut rest = haystack;
-    while let Some(at) = rest.iter().position(|b| *b == first) {
-        rest = &rest[at..];
-        if rest.starts_with(needle) {
-            n += 1;
-        }
-        rest = &rest[1..];
-    }
-    n
 }
 
 #[cfg(test)]

@@ -20,6 +20,9 @@ pub(super) const DESTROY: u32 = 38;
 pub(super) const BATCH_FORGET: u32 = 42;
 pub(super) const FALLOCATE: u32 = 43;
 
+const SET_MODE_OR_OWNER: u32 = 1 | 1 << 1 | 1 << 2;
+const SET_SIZE: u32 = 1 << 3;
+
 /// The root, which is the file.
 pub(super) const ROOT_ID: u64 = 1;
 pub(super) const HEADER_BYTES: usize = 40;
@@ -89,6 +92,13 @@ impl Request {
     /// Of `FALLOCATE`: offset, length, mode.
     pub(super) fn fallocate(&self) -> Option<(u64, u64, u32)> {
         Some((self.u64(8)?, self.u64(16)?, self.u32(24)?))
+    }
+
+    /// Of `SETATTR`: the size it sets, if it sets neither mode nor owner.
+    pub(super) fn resize(&self) -> Option<u64> {
+        let valid = self.u32(0)?;
+        (valid & SET_SIZE != 0 && valid & SET_MODE_OR_OWNER == 0).then_some(())?;
+        self.u64(16)
     }
 
     /// Of `INIT`: the answer, or `None` for a kernel before 7.31.

@@ -175,10 +175,11 @@ impl<B: Backing> Worker<B> {
             _ => {}
         }
         match request.opcode {
-            abi::GETATTR => Reply::Short(Answer::attributes(
-                self.object.size_bytes(),
-                self.serving.owner_uid.unwrap_or(request.uid),
-            )),
+            abi::GETATTR => self.attributes(request),
+            // A VMM that is told the disk's size sets it, which changes nothing.
+            abi::SETATTR if request.resize() == Some(self.object.size_bytes()) => {
+                self.attributes(request)
+            }
             abi::SETATTR => Reply::Errno(libc::EPERM),
             abi::OPEN => self.open(request),
             abi::READ => self.read(request),
@@ -189,6 +190,13 @@ impl<B: Backing> Worker<B> {
             // The kernel does without and does not ask again.
             _ => Reply::Errno(libc::ENOSYS),
         }
+    }
+
+    fn attributes(&self, request: &Request) -> Reply {
+        Reply::Short(Answer::attributes(
+            self.object.size_bytes(),
+            self.serving.owner_uid.unwrap_or(request.uid),
+        ))
     }
 
     fn open(&self, request: &Request) -> Reply {
