@@ -189,6 +189,7 @@ pub(crate) mod cargo {
             .current_dir(&root)
             .env_remove("CARGO_ENCODED_RUSTFLAGS")
             .env("RUSTFLAGS", "-C target-feature=+crt-static")
+            .env("CARGO_PROFILE_RELEASE_STRIP", "symbols")
             .status()
             .context("start cargo")?;
         if !status.success() {
