@@ -122,6 +122,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
+/// An archive to be unpacked after another, with one program.
+pub(crate) fn one_file_archive(name: &str, contents: &[u8]) -> Result<Vec<u8>> {
+    let mut archive = cpio::Archive::new();
+    archive.file(name, 0o755, contents)?;
+    Ok(archive.finish())
+}
+
 /// The agent and its modules as the kernel's first file system.
 fn initramfs(cache: &Cache, kernel: &kernel::Kernel, agent: &Path) -> Result<PathBuf> {
     let agent = std::fs::read(agent).with_context(|| format!("read {}", agent.display()))?;

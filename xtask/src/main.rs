@@ -1,5 +1,6 @@
 //! Project tasks.
 
+mod bench;
 mod image;
 mod tidy;
 
@@ -16,6 +17,10 @@ struct Cli {
 enum Task {
     /// Make what a VM is made of: kernel, agent, base image, the VMM's closure. Run as root.
     Image(image::Args),
+    /// Measure the release executables against baselines. Run as root.
+    Bench(bench::Args),
+    #[command(hide = true)]
+    BenchDirect(bench::Direct),
     /// Check what no compiler checks.
     Tidy,
 }
@@ -23,6 +28,8 @@ enum Task {
 fn main() -> anyhow::Result<()> {
     match Cli::parse().task {
         Task::Image(args) => image::run(&args),
+        Task::Bench(args) => bench::run(&args),
+        Task::BenchDirect(direct) => direct.run(),
         Task::Tidy => tidy::run(&image::workspace()?),
     }
 }

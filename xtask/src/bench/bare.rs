@@ -1,0 +1,249 @@
+//! The baselines: QEMU alone, without jail, disk, keys, network or log around it.
+//!
+//! The same executable, firmware, machine, template, kernel, initramfs and image as the platform's;
+//! the command line is [`vmm::qemu::argv`]'s with other descriptor numbers and no tap.
+
+use super::platform::Platform;
+use anyhow::{Context as _, Result, bail, ensure};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::{FdFlags, fcntl_setfd};
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+use vmm::Vmm as _;
+use vmm::qemu::{Accel, How, Net, Paths, Qemu, Spec, argv};
+
+/// How long a guest may take.
+const WAIT_MAX: Duration = Duration::from_secs(60);
+
+/// What a bare VM is made of.
+pub(super) struct Bare {
+    artifacts: PathBuf,
+    image: PathBuf,
+    template: Option<PathBuf>,
+    accel: Accel,
+    /// The last command line, for people who want to run it.
+    pub(super) line: String,
+}
+
+/// The guest's second disk.
+pub(super) struct Disk<'a> {
+    /// `-object` and `-blockdev` words that make a node `disk`.
+    pub(super) words: &'a [String],
+    /// The initramfs instead of the platform's.
+    pub(super) initramfs: &'a Path,
+    /// `/init`'s replacement.
+    pub(super) init: &'a str,
+}
+
+impl Bare {
+    /// What `platform` runs.
+    pub(super) fn of(platform: &Platform) -> Result<Self> {
+        let artifacts = platform.paths.artifacts();
+        let status = platform.probe().warden()?;
+        let manifest: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(artifacts.join("manifest.json"))?)?;
+        let images = manifest["images"].as_array().context("no images")?;
+        let wanted = platform.config.host.pool_image.as_str();
+        let id = images
+            .iter()
+            .find(|i| i["name"] == wanted)
+            .and_then(|i| i["id"].as_str())
+            .context("the pool's image is not in the manifest")?;
+        let bytes = u64::from(platform.config.host.pool_memory_mb) << 20;
+        let template = std::fs::read_dir(platform.paths.state("warden").join("templates"))?
+            .flatten()
+            .map(|e| e.path())
+            .find(|d| {
+                let memory = d.join("memory").metadata();
+                memory.is_ok_and(|m| m.len() == bytes)
+            });
+        Ok(Self {
+            image: artifacts.join(format!("images/{id}.erofs")),
+            artifacts,
+            template,
+            accel: if status.accel.starts_with("kvm") {
+                Accel::Kvm
+            } else {
+                Accel::Tcg
+            },
+            line: String::new(),
+        })
+    }
+
+    /// From nothing to the first answer of the restored agent.
+    pub(super) fn restore(&mut self, memory_mib: u32) -> Result<Duration> {
+        let template = self.template.clone().context("there is no template")?;
+        let state = File::open(template.join("state"))?;
+        fcntl_setfd(&state, FdFlags::empty())?;
+        let began = Instant::now();
+        let spec = self.spec(How::Template, memory_mib);
+        let mut vm = self.start(argv(&spec), Some(&state))?;
+        vm.qemu.restore()?;
+        vm.qemu.cont()?;
+        // Anything it answers is an answer: this line is no message, and it says so.
+        vm.agent.write_all(b"{}\n")?;
+        let said = vm.line()?;
+        let took = began.elapsed();
+        ensure!(said.contains("message_malformed"), "it said {said}");
+        Ok(took)
+    }
+
+    /// From nothing to the agent's `booted`.
+    pub(super) fn cold(&mut self, memory_mib: u32) -> Result<Duration> {
+        let began = Instant::now();
+        let spec = self.spec(How::Cold, memory_mib);
+        let mut vm = self.start(argv(&spec), None)?;
+        vm.qemu.cont()?;
+        let said = vm.line()?;
+        let took = began.elapsed();
+        ensure!(said.contains("booted"), "it said {said}");
+        Ok(took)
+    }
+
+    /// Boots with another second disk and another `/init`, and collects what that says until it
+    /// powers off.
+    pub(super) fn with_disk(&mut self, memory_mib: u32, disk: &Disk<'_>) -> Result<String> {
+        let mut spec = self.spec(How::Cold, memory_mib);
+        spec.paths.initramfs = disk.initramfs.to_owned();
+        let mut words: Vec<OsString> = Vec::new();
+        let mut old = argv(&spec).into_iter().peekable();
+        while let Some(word) = old.next() {
+            let value = old.peek().and_then(|v| v.to_str()).unwrap_or_default();
+            if word == "-blockdev" && value.contains("node-name=disk") {
+                // The placeholder's two nodes; ours come in their place.
+                if value.contains("null-co") {
+                    words.extend(disk.words.iter().map(OsString::from));
+                }
+                old.next();
+            } else if word == "-append" {
+                let line = value.replace("rdinit=/init", &format!("rdinit={}", disk.init));
+                words.extend([word, line.into()]);
+                old.next();
+            } else {
+                words.push(word);
+            }
+        }
+        let mut vm = self.start(words, None)?;
+        vm.qemu.cont()?;
+        let mut all = String::new();
+        while !all.contains("end\n") {
+            all += &vm.line()?;
+        }
+        Ok(all)
+    }
+
+    fn spec(&self, how: How, memory_mib: u32) -> Spec {
+        let kernel = self.artifacts.join("kernel");
+        Spec {
+            how,
+            memory_mib,
+            cpus: 1,
+            accel: self.accel,
+            net: Net::Nowhere,
+            paths: Paths {
+                image: self.image.clone(),
+                kernel: kernel.join("vmlinux"),
+                initramfs: kernel.join("initramfs.cpio"),
+                memory: self.template.clone().unwrap_or_default().join("memory"),
+                firmware: self.artifacts.join("closure/usr/share/qemu"),
+            },
+        }
+    }
+
+    fn start(&mut self, words: Vec<OsString>, state: Option<&File>) -> Result<Vm> {
+        let (qmp, qmp_theirs) = UnixStream::pair()?;
+        let (agent, agent_theirs) = UnixStream::pair()?;
+        let mut here = vec![(3, qmp_theirs.as_raw_fd()), (4, agent_theirs.as_raw_fd())];
+        for socket in [&qmp_theirs, &agent_theirs] {
+            fcntl_setfd(socket, FdFlags::empty())?;
+        }
+        if let Some(state) = state {
+            here.push((6, state.as_raw_fd()));
+        }
+        let closure = self.artifacts.join("closure");
+        let mut command = Command::new(closure.join("lib64/ld-linux-x86-64.so.2"));
+        let libs = ["lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"];
+        let libs = libs.map(|l| closure.join(l).display().to_string());
+        command.arg("--library-path").arg(libs.join(":"));
+        command.arg(closure.join("usr/bin/qemu-system-x86_64"));
+        command.args(words.into_iter().map(|w| renumbered(w, &here)));
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        self.line = format!("{command:?}").replace('"', "");
+        let child = command.spawn().context("start the closure's QEMU")?;
+        let child = Owned(child);
+        drop((qmp_theirs, agent_theirs));
+        Ok(Vm {
+            qemu: Qemu::new(qmp)?,
+            agent,
+            buffer: Vec::new(),
+            _child: child,
+        })
+    }
+}
+
+/// `argv` speaks of fixed descriptors; an unjailed child gets those of this process.
+fn renumbered(word: OsString, here: &[(i32, i32)]) -> OsString {
+    let Some(text) = word.to_str() else {
+        return word;
+    };
+    if !text.starts_with("socket,id=") && !text.starts_with("fd=") {
+        return word;
+    }
+    for (there, here) in here {
+        let old = format!("fd={there}");
+        if text.ends_with(&old) || text.contains(&format!("{old},")) {
+            return text.replacen(&old, &format!("fd={here}"), 1).into();
+        }
+    }
+    word
+}
+
+struct Vm {
+    qemu: Qemu,
+    agent: UnixStream,
+    buffer: Vec<u8>,
+    _child: Owned,
+}
+
+impl Vm {
+    /// The next line on the agent's channel, with its end.
+    fn line(&mut self) -> Result<String> {
+        let deadline = Instant::now() + WAIT_MAX;
+        loop {
+            if let Some(end) = self.buffer.iter().position(|b| *b == b'\n') {
+                let line: Vec<u8> = self.buffer.drain(..=end).collect();
+                return Ok(String::from_utf8_lossy(&line).into_owned());
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            let left = rustix::time::Timespec {
+                tv_sec: i64::try_from(left.as_secs())?,
+                tv_nsec: i64::from(left.subsec_nanos()),
+            };
+            let mut fds = [PollFd::from_borrowed_fd(self.agent.as_fd(), PollFlags::IN)];
+            if poll(&mut fds, Some(&left))? == 0 {
+                bail!("the guest said nothing in {} s", WAIT_MAX.as_secs());
+            }
+            let mut chunk = [0; 4096];
+            match self.agent.read(&mut chunk)? {
+                0 => bail!("the VM ended before the guest answered"),
+                n => self.buffer.extend_from_slice(&chunk[..n]),
+            }
+        }
+    }
+}
+
+/// A child that does not outlive its owner.
+struct Owned(Child);
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
