@@ -8,7 +8,7 @@ use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use model::StartId;
 
-use crate::world::{GW, Workspace, World, body, code_of, eventually, until, within};
+use crate::world::{GW, Workspace, World, body, code_of, eventually, stalls, until, within};
 
 /// A stream that has begun.
 async fn stream(ws: &Workspace, token: &str) -> Response<Incoming> {
@@ -109,6 +109,8 @@ async fn a_client_that_does_not_read_keeps_no_connection_to_the_guest() {
         .header("host", GW)
         .header("authorization", format!("Bearer {token}"));
     let answer = w.send_streaming(request.body(body("")).unwrap()).await;
+    // All buffers on the way are full: nobody asks for the body any more.
+    stalls(|| ws.seen.bytes.load(Ordering::SeqCst)).await;
     ws.actual(|a| a.public_access = false);
     eventually("the guest's connections close", || {
         ws.seen.open.load(Ordering::SeqCst) == 0

@@ -1,14 +1,13 @@
 //! Bodies pass through: not kept, not written, and no faster than they are taken.
 
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use bytes::Bytes;
 use http::Request;
 use http_body_util::BodyExt;
 use hyper::body::Frame;
 
-use crate::world::{Body, GW, World, body, eventually, within};
+use crate::world::{Body, GW, World, body, eventually, stalls, within};
 
 const CHUNK: usize = 64 << 10;
 const CHUNKS: u64 = 3_200; // 200 MiB
@@ -91,17 +90,8 @@ async fn a_guest_that_takes_nothing_holds_the_client_back() {
         let w = std::sync::Arc::clone(&w);
         async move { w.send(request.body(up).unwrap()).await.status() }
     });
-    // It stops when all buffers on the way are full: two looks in a row that see no progress.
-    let stopped = async {
-        loop {
-            let before = given.load(Ordering::SeqCst);
-            tokio::time::sleep(Duration::from_millis(300)).await;
-            if before > 0 && given.load(Ordering::SeqCst) == before {
-                return before;
-            }
-        }
-    };
-    let given_then = within(stopped).await;
+    // It stops when all buffers on the way are full.
+    let given_then = stalls(|| given.load(Ordering::SeqCst)).await;
     assert!(
         given_then * (CHUNK as u64) < 64 << 20,
         "{given_then} chunks were taken"
@@ -118,17 +108,7 @@ async fn a_client_that_takes_nothing_holds_the_guest_back() {
         .header("host", GW)
         .header("authorization", format!("Bearer {}", ws.token(|_| {})));
     let answer = w.send_streaming(request.body(body("")).unwrap()).await;
-    let given = || ws.seen.bytes.load(Ordering::SeqCst);
-    let stopped = async {
-        loop {
-            let before = given();
-            tokio::time::sleep(Duration::from_millis(300)).await;
-            if before > 0 && given() == before {
-                return before;
-            }
-        }
-    };
-    let given_then = within(stopped).await;
+    let given_then = stalls(|| ws.seen.bytes.load(Ordering::SeqCst)).await;
     assert!(given_then < 64 << 20, "{given_then} bytes were taken");
     let bytes = within(answer.collect()).await.unwrap().to_bytes();
     assert_eq!(bytes.len() as u64, CHUNKS * CHUNK as u64);

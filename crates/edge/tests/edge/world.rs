@@ -656,3 +656,17 @@ where
 pub async fn eventually(what: &str, done: impl Fn() -> bool) {
     until(what, || std::future::ready(done())).await;
 }
+
+/// The count at which something stops: no progress between two looks.
+pub async fn stalls(count: impl Fn() -> u64) -> u64 {
+    within(async {
+        loop {
+            let before = count();
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            if before > 0 && count() == before {
+                return before;
+            }
+        }
+    })
+    .await
+}
