@@ -182,6 +182,12 @@ impl Fleet {
         (ready, self.bounds.pool_size)
     }
 
+    /// Whether fewer VMs are pooled than wanted.
+    pub(crate) fn pool_has_room(&self) -> bool {
+        let (ready, wanted) = self.pool_size();
+        ready < wanted
+    }
+
     /// Builds templates and refills the pool until `stop`.
     pub async fn tend(&self, mut stop: watch::Receiver<bool>) {
         loop {

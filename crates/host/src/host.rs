@@ -94,7 +94,7 @@ impl Host {
                     self.shared.fleet.adopt_running(slot.slot);
                     self.start_task(wish, found);
                 }
-                None if self.is_spare(&slot).await => {
+                None if self.shared.fleet.pool_has_room() && self.is_spare(&slot).await => {
                     let shape = shape_of(&slot);
                     self.shared.fleet.adopt_spare(shape, slot.slot, slot.net);
                 }

@@ -1,0 +1,496 @@
+//! A world around host: the real daemon, and doubles of warden, the KMS and each slot's vmctl,
+//! on their real sockets. The doubles assert what must never be asked of them.
+#![allow(dead_code, clippy::unwrap_used)]
+
+use api::audit::Lease;
+use api::host::{Actual, ActualState, Changes, Desired, Op};
+use api::rpc::Client;
+use api::vmctl::VmState;
+use api::warden::{SlotState, Start, VmOpened};
+use api::{Error, ErrorCode, kms, vmctl, warden};
+use model::{HostId, Power, Purpose, Resources, StartId, WorkspaceId};
+use serde_json::{Value, json};
+use service::clock::Clock;
+use service::config::Config;
+use service::paths::Paths;
+use service::rpc::{Peer, Uids, bind, ok, serve};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+use tokio::runtime::Runtime;
+use tokio::sync::watch;
+
+/// The image's digest.
+pub fn image() -> String {
+    "0a".repeat(32)
+}
+
+/// One slot of the doubles.
+pub struct Slot {
+    pub at: warden::Slot,
+    pub vm: VmState,
+    pub reason: Option<String>,
+    pub open: Option<Vec<warden::Open>>,
+    vmctl: watch::Sender<bool>,
+}
+
+/// What the doubles know.
+#[derive(Default)]
+pub struct State {
+    pub slots: BTreeMap<u16, Slot>,
+    pub templates: BTreeSet<(String, u32, u32)>,
+    pub disks: BTreeSet<WorkspaceId>,
+    pub nonces: BTreeSet<String>,
+    /// Operations that fail, by `process.op`.
+    pub failing: BTreeMap<String, ErrorCode>,
+    /// An operation after which no answer comes.
+    pub silent: Option<String>,
+    /// Every operation asked but looks at the state.
+    pub asked: Vec<String>,
+}
+
+pub struct Doubles {
+    paths: Paths,
+    state: Mutex<State>,
+    changed: watch::Sender<u64>,
+}
+
+impl Doubles {
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    fn serve(self: &Arc<Self>) {
+        let (stop, stopped) = watch::channel(false);
+        std::mem::forget(stop);
+        self.process("warden", "warden", "warden", stopped.clone());
+        self.process("kms", "kms", "kms", stopped);
+    }
+
+    fn process(
+        self: &Arc<Self>,
+        process: &'static str,
+        dir: &str,
+        name: &str,
+        stopped: watch::Receiver<bool>,
+    ) {
+        let me = rustix::process::getuid().as_raw();
+        let uids = Arc::new(Uids::from_map([("host".to_owned(), me)].into()));
+        let listener = bind(&self.paths.socket(dir, name)).unwrap();
+        let slot = name.parse::<u16>().unwrap_or(0);
+        let doubles = Arc::clone(self);
+        let handler = move |_: Peer, _: String, op: Value| {
+            let doubles = Arc::clone(&doubles);
+            async move { doubles.gate(process, slot, op).await }
+        };
+        tokio::spawn(serve(listener, uids, &["host"], stopped, handler));
+    }
+
+    async fn gate(self: Arc<Self>, process: &str, slot: u16, op: Value) -> api::Result<Value> {
+        let name = format!("{process}.{}", op["op"].as_str().unwrap());
+        let failing = self.state().failing.get(&name).copied();
+        if let Some(code) = failing {
+            self.note(&name);
+            return Err(Error::new(code, "the test wants it so"));
+        }
+        let answered = match process {
+            "warden" => self.warden(serde_json::from_value(op).unwrap()),
+            "kms" => self.kms(serde_json::from_value(op).unwrap()),
+            _ => self.vmctl(slot, serde_json::from_value(op).unwrap()),
+        };
+        self.note(&name);
+        let silent = self.state().silent.as_deref() == Some(&name);
+        if silent {
+            std::future::pending::<()>().await;
+        }
+        answered
+    }
+
+    fn note(&self, name: &str) {
+        if !name.ends_with(".status") {
+            self.state().asked.push(name.to_owned());
+        }
+        self.changed.send_modify(|n| *n += 1);
+    }
+
+    fn warden(self: &Arc<Self>, op: warden::Op) -> api::Result<Value> {
+        let mut s = self.state();
+        match op {
+            warden::Op::Status => ok(&warden::Status {
+                host: HostId::from_bytes([9; 8]),
+                cgroup: "v1".into(),
+                accel: "tcg: here".into(),
+                slots: s.slots.values().map(|s| s.at.clone()).collect(),
+                templates: s.templates.iter().cloned().collect(),
+                weakened: vec![],
+            }),
+            warden::Op::VmOpen {
+                slot,
+                how,
+                image,
+                memory_mb,
+                cpus,
+            } => {
+                assert!(!s.slots.contains_key(&slot), "slot {slot} is taken");
+                if how == Start::Template {
+                    assert!(s.templates.contains(&(image.clone(), memory_mb, cpus)));
+                }
+                let net = VmOpened {
+                    ip: format!("10.117.0.{}", slot + 2),
+                    prefix: 16,
+                    gateway: "10.117.0.1".into(),
+                    mac: "02:00:0a:75:00:02".into(),
+                };
+                let (stop, stopped) = watch::channel(false);
+                let at = warden::Slot {
+                    slot,
+                    workspace: None,
+                    start_id: None,
+                    state: SlotState::Open,
+                    how,
+                    image,
+                    memory_mb,
+                    cpus,
+                    vmm_pid: 1,
+                    disk_pid: None,
+                    vmctl_pid: 2,
+                    net: net.clone(),
+                };
+                let vm = VmState::Created;
+                s.slots.insert(
+                    slot,
+                    Slot {
+                        at,
+                        vm,
+                        reason: None,
+                        open: None,
+                        vmctl: stop,
+                    },
+                );
+                drop(s);
+                self.process("vmctl", "vmctl", &slot.to_string(), stopped);
+                ok(&net)
+            }
+            warden::Op::TemplateSeal { slot } => {
+                let at = &s.slots[&slot].at;
+                assert_eq!(at.how, Start::Build);
+                let shape = (at.image.clone(), at.memory_mb, at.cpus);
+                s.templates.insert(shape);
+                close(&mut s, slot);
+                ok(&true)
+            }
+            warden::Op::DiskOpen {
+                slot,
+                workspace,
+                start_id,
+                nonce,
+                ..
+            } => {
+                let fresh = s.disks.insert(workspace.clone());
+                let elsewhere = s
+                    .slots
+                    .values()
+                    .any(|x| x.at.workspace.as_ref() == Some(&workspace));
+                assert!(!elsewhere, "the workspace is on a slot already");
+                let x = s.slots.get_mut(&slot).unwrap();
+                assert_eq!((x.at.state, x.vm), (SlotState::Open, VmState::Pooled));
+                assert_ne!(x.at.how, Start::Build);
+                x.at.state = SlotState::DiskWaits;
+                (x.at.workspace, x.at.start_id) = (Some(workspace), Some(start_id));
+                ok(&warden::DiskOpened {
+                    attestation: nonce,
+                    fresh,
+                })
+            }
+            warden::Op::DiskGrant { slot, sealed, .. } => {
+                let x = s.slots.get_mut(&slot).unwrap();
+                assert_eq!(x.at.state, SlotState::DiskWaits);
+                assert_eq!(
+                    Some(sealed.as_str()),
+                    x.at.start_id.as_ref().map(StartId::as_str)
+                );
+                x.at.state = SlotState::DiskAttached;
+                ok(&true)
+            }
+            warden::Op::NetSet { slot, open } => {
+                s.slots.get_mut(&slot).unwrap().open = Some(open);
+                ok(&true)
+            }
+            warden::Op::SlotClose { slot } => {
+                close(&mut s, slot);
+                ok(&true)
+            }
+            warden::Op::DiskErase { workspace } => {
+                assert!(
+                    s.slots
+                        .values()
+                        .all(|x| x.at.workspace.as_ref() != Some(&workspace))
+                );
+                s.disks.remove(&workspace);
+                ok(&true)
+            }
+            warden::Op::Counters { .. } => ok(&warden::Counters::default()),
+        }
+    }
+
+    fn kms(&self, op: kms::Op) -> api::Result<Value> {
+        let kms::Op::Release {
+            receipt,
+            attestation,
+        } = op
+        else {
+            panic!("host asks for releases only");
+        };
+        let lease: Lease = serde_json::from_value(receipt["lease"].clone()).unwrap();
+        assert_eq!(
+            lease.nonce, attestation,
+            "the disk is attested for this lease"
+        );
+        assert!(
+            self.state().nonces.insert(lease.nonce),
+            "a lease is used twice: an alarm"
+        );
+        ok(&kms::Released {
+            sealed: lease.start_id.to_string(),
+            aad: "00".into(),
+        })
+    }
+
+    fn vmctl(&self, slot: u16, op: vmctl::Op) -> api::Result<Value> {
+        let mut s = self.state();
+        let x = s.slots.get_mut(&slot).unwrap();
+        match op {
+            vmctl::Op::Status => {}
+            vmctl::Op::Prepare => {
+                assert_eq!(x.vm, VmState::Created);
+                x.vm = VmState::Pooled;
+            }
+            vmctl::Op::Save => return ok(&true),
+            vmctl::Op::Attach { attach, .. } => {
+                assert_eq!(
+                    (x.at.state, x.vm),
+                    (SlotState::DiskAttached, VmState::Pooled)
+                );
+                assert!(x.open.is_some(), "a guest runs without rules");
+                assert_eq!(attach.ip, x.at.net.ip);
+                x.vm = VmState::Running;
+                return ok(&api::agent::Up {
+                    kernel: "6.12".into(),
+                });
+            }
+            vmctl::Op::Pause => {
+                assert_eq!(x.vm, VmState::Running);
+                x.vm = VmState::Paused;
+            }
+            vmctl::Op::Resume => {
+                assert_eq!(x.vm, VmState::Paused);
+                x.vm = VmState::Running;
+            }
+            vmctl::Op::Shutdown { grace_ms } => {
+                assert!(grace_ms > 0);
+                x.vm = VmState::Exited;
+                x.reason = Some("shutdown".into());
+            }
+        }
+        ok(&vmctl::Status {
+            vm: x.vm,
+            reason: x.reason.clone(),
+        })
+    }
+}
+
+fn close(s: &mut State, slot: u16) {
+    if let Some(x) = s.slots.remove(&slot) {
+        let _ = x.vmctl.send(true);
+    }
+}
+
+/// One machine.
+pub struct World {
+    pub paths: Paths,
+    pub config: Config,
+    pub doubles: Arc<Doubles>,
+    pub clock: Clock,
+    pub client: Client,
+    host: Option<Runtime>,
+    generation: u64,
+    starts: u64,
+    _dir: tempfile::TempDir,
+}
+
+impl World {
+    pub async fn new(pool_size: u32) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = Paths::new(dir.path());
+        for process in ["host", "kms", "warden", "vmctl"] {
+            std::fs::create_dir_all(paths.run().join(process)).unwrap();
+        }
+        std::fs::create_dir_all(paths.state("host")).unwrap();
+        std::fs::create_dir_all(paths.artifacts()).unwrap();
+        let manifest = json!({ "images": [{ "name": "python-3", "id": image() }] });
+        std::fs::write(
+            paths.artifacts().join("manifest.json"),
+            manifest.to_string(),
+        )
+        .unwrap();
+        let me = rustix::process::getuid().as_raw();
+        let uids = json!({ "control": me, "edge": me });
+        std::fs::write(paths.uids(), uids.to_string()).unwrap();
+        let doubles = Arc::new(Doubles {
+            paths: paths.clone(),
+            state: Mutex::default(),
+            changed: watch::Sender::new(0),
+        });
+        doubles.serve();
+        let mut config = Config::default();
+        config.host.pool_size = pool_size;
+        config.host.max_running = 4;
+        let mut world = Self {
+            client: Client::new(paths.socket("host", "host")),
+            paths,
+            config,
+            doubles,
+            clock: Clock::manual(1_800_000_000_000),
+            host: None,
+            generation: 0,
+            starts: 0,
+            _dir: dir,
+        };
+        world.start().await;
+        world
+    }
+
+    /// Starts host in a runtime of its own, and waits until it answers.
+    pub async fn start(&mut self) {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .unwrap();
+        let (paths, config, clock) = (self.paths.clone(), self.config.clone(), self.clock.clone());
+        runtime.spawn(async move {
+            let (stop, stopped) = watch::channel(false);
+            if let Err(e) = host::run(&paths, &config, clock, stopped).await {
+                eprintln!("host: {e:#}");
+            }
+            drop(stop);
+        });
+        self.host = Some(runtime);
+        let client = self.client.clone();
+        until("host answers", async || {
+            client.call::<_, Value>("t", &Op::List).await.ok()
+        })
+        .await;
+    }
+
+    /// `kill -9`.
+    pub fn kill(&mut self) {
+        if let Some(runtime) = self.host.take() {
+            runtime.shutdown_background();
+        }
+    }
+
+    /// A desired state of workspace `n`, newer than any before; with a fresh lease if it is to run.
+    pub fn wish(&mut self, n: u8, power: Power) -> Desired {
+        self.generation += 1;
+        let workspace = WorkspaceId::from_bytes([n; 8]);
+        let mut desired = Desired {
+            workspace: workspace.clone(),
+            generation: self.generation,
+            power,
+            image: image(),
+            resources: Resources::default(),
+            disk_bytes_per_s: 1 << 30,
+            disk_ops_per_s: 1_000,
+            config: "{}".into(),
+            public_access: false,
+            ingress_ports: vec![],
+            lease: None,
+            start: None,
+            token_state: "v1.x".into(),
+        };
+        if power == Power::Running {
+            self.starts += 1;
+            let lease = Lease {
+                workspace,
+                host: HostId::from_bytes([9; 8]),
+                start_id: StartId::from_bytes(self.starts.to_be_bytes()),
+                purpose: Purpose::Disk,
+                nonce: format!("{:064x}", self.starts),
+                exp_ms: self.clock.now_ms() + 50_000,
+                config_digest: "00".repeat(32),
+            };
+            desired.lease = Some(json!({ "lease": lease }));
+            desired.start = Some(lease);
+        }
+        desired
+    }
+
+    /// Applies, and waits for it.
+    pub async fn apply(&self, desired: Desired) -> api::Result<Actual> {
+        let op = Op::Apply {
+            desired: Box::new(desired),
+            wait_ms: 30_000,
+        };
+        self.client
+            .call_within("t", &op, Duration::from_secs(40))
+            .await
+    }
+
+    /// Wishes, and waits for it.
+    pub async fn bring(&mut self, n: u8, power: Power) -> Actual {
+        let wish = self.wish(n, power);
+        self.apply(wish).await.unwrap()
+    }
+
+    pub async fn get(&self, n: u8) -> Option<Actual> {
+        let op = Op::Get {
+            workspace: WorkspaceId::from_bytes([n; 8]),
+        };
+        self.client.call("t", &op).await.ok()
+    }
+
+    pub async fn changes(&self, since: u64) -> Changes {
+        self.client
+            .call("t", &Op::Changes { since, wait_ms: 0 })
+            .await
+            .unwrap()
+    }
+
+    /// Waits until workspace `n` is in a state.
+    pub async fn becomes(&self, n: u8, state: ActualState) -> Actual {
+        until(&format!("{state:?}"), async || {
+            self.get(n).await.filter(|a| a.state == state)
+        })
+        .await
+    }
+
+    /// Slots that hold workspace `n`.
+    pub fn slots_of(&self, n: u8) -> Vec<u16> {
+        let id = WorkspaceId::from_bytes([n; 8]);
+        let s = self.doubles.state();
+        let of = s
+            .slots
+            .values()
+            .filter(|x| x.at.workspace.as_ref() == Some(&id));
+        of.map(|x| x.at.slot).collect()
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// Polls until something is there.
+pub async fn until<T>(what: &str, mut f: impl AsyncFnMut() -> Option<T>) -> T {
+    let end = Instant::now() + Duration::from_secs(60);
+    loop {
+        if let Some(v) = f().await {
+            return v;
+        }
+        assert!(Instant::now() < end, "never: {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
