@@ -36,8 +36,9 @@ fn vmm() {
         let answer = match verb {
             "list" => match std::fs::read_dir(arg) {
                 Ok(d) => {
-                    let mut names: Vec<_> =
-                        d.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+                    let mut names: Vec<_> = d
+                        .map(|e| e.unwrap().file_name().into_string().unwrap())
+                        .collect();
                     names.sort();
                     names.join(" ")
                 }
@@ -47,11 +48,19 @@ fn vmm() {
                 Ok(n) => format!("ok {n}"),
                 Err(e) => format!("error {}", e.raw_os_error().unwrap()),
             },
-            "write" => match std::fs::OpenOptions::new().write(true).open(arg).and_then(|mut f| f.write(b"x")) {
+            "write" => match std::fs::OpenOptions::new()
+                .write(true)
+                .open(arg)
+                .and_then(|mut f| f.write(b"x"))
+            {
                 Ok(n) => format!("ok {n}"),
                 Err(e) => format!("error {}", e.raw_os_error().unwrap()),
             },
-            "make" => match std::fs::OpenOptions::new().write(true).create_new(true).open(arg) {
+            "make" => match std::fs::OpenOptions::new()
+                .write(true)
+                .create_new(true)
+                .open(arg)
+            {
                 Ok(_) => "ok".into(),
                 Err(e) => format!("error {}", e.raw_os_error().unwrap()),
             },
@@ -77,7 +86,10 @@ fn vmm() {
                 let (a, b, c) = (n(), n(), n());
                 // SAFETY: the arguments are numbers; this process holds nothing that matters.
                 let r = unsafe { libc::syscall(arg.parse().unwrap(), a, b, c) };
-                format!("{r} {}", std::io::Error::last_os_error().raw_os_error().unwrap())
+                format!(
+                    "{r} {}",
+                    std::io::Error::last_os_error().raw_os_error().unwrap()
+                )
             }
             _ => "what?".into(),
         };
@@ -129,11 +141,22 @@ fn disk() {
     };
     let hear = || {
         let mut buffer = vec![0u8; 64 << 10];
-        let (n, _) = rustix::net::recv(control, buffer.as_mut_slice(), rustix::net::RecvFlags::empty()).unwrap();
+        let (n, _) = rustix::net::recv(
+            control,
+            buffer.as_mut_slice(),
+            rustix::net::RecvFlags::empty(),
+        )
+        .unwrap();
         String::from_utf8_lossy(&buffer[..n]).into_owned()
     };
-    say(format!(r#"{{"type":"hello","hpke_pub":"{}"}}"#, "ab".repeat(32)));
+    say(format!(
+        r#"{{"type":"hello","hpke_pub":"{}"}}"#,
+        "ab".repeat(32)
+    ));
     let grant = hear();
+    if grant.contains("close") {
+        return;
+    }
     if grant.contains("refuse") || grant.is_empty() {
         say(r#"{"type":"failed","code":"disk_corrupt","message":"as asked"}"#.into());
         return;

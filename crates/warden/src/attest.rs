@@ -119,7 +119,9 @@ pub fn weakened(cgroup: &str) -> Vec<String> {
     }
     let caps = rustix::thread::capabilities(None).map(|c| c.effective);
     if !caps.is_ok_and(|c| c.contains(rustix::thread::CapabilitySet::SYS_RESOURCE)) {
-        weak.push("no CAP_SYS_RESOURCE: the out-of-memory killer may take a disk process first".into());
+        weak.push(
+            "no CAP_SYS_RESOURCE: the out-of-memory killer may take a disk process first".into(),
+        );
     }
     weak
 }

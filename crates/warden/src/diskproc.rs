@@ -253,11 +253,16 @@ impl Disk {
         }
     }
 
-    /// Ends it after its VMM is gone: flushed if it still listens, killed if not in time. What
-    /// it wrote is in the kernel's hands either way; [`Disks::rest`] brings it to the platter.
-    pub fn end(&self) {
-        let asked = self.control.is_some() && self.send(&ToDisk::Close).is_ok();
-        let wait = if asked {
+    /// Ends it after its VMM. With `grace` it is asked to flush, or, adopted and without a channel,
+    /// ends by itself as its mount has gone; it is killed if it has not in time. What it wrote is
+    /// in the kernel's hands either way; [`Disks::rest`] brings it to the platter.
+    pub fn end(&mut self, grace: bool) {
+        if self.control.is_some() {
+            // It may have died.
+            let _ = self.send(&ToDisk::Close);
+        }
+        self.mount = None;
+        let wait = if grace {
             DISK_CLOSE_WAIT
         } else {
             Duration::ZERO
@@ -268,6 +273,7 @@ impl Disk {
                 serde_json::json!({"pid": self.handle.proc.pid}),
             );
         }
+        self.file = None;
     }
 
     fn send(&self, message: &ToDisk) -> Result {

@@ -48,9 +48,11 @@ pub struct Plan {
     pub program: Program,
     /// Its arguments, the name first.
     pub argv: Vec<String>,
-    /// A user namespace that maps `id` alone, so that not even root outside owns what is inside.
-    pub user_ns: bool,
-    /// Keep warden's network namespace out: always an empty one.
+    /// A user namespace that maps `id` alone, so that not even root outside owns what is inside,
+    /// and a process namespace. Without, the child can tell its peers' uids; network, IPC, UTS,
+    /// cgroup and mounts are its own in any case.
+    pub apart: bool,
+    /// All that its file system holds.
     pub root: Vec<Entry>,
     /// An empty directory to build the root on.
     pub scratch: PathBuf,
@@ -167,20 +169,20 @@ fn launch(sock: &OwnedFd) -> Step {
         write_file(&dir.join("cgroup.procs"), "0").map_err(at("join the control group"))?;
     }
     // Below its own needs CAP_SYS_RESOURCE, which a container may lack (`Status::weakened`).
-    let _ = write_file("/proc/self/oom_score_adj".as_ref(), &plan.oom_score_adj.to_string());
+    let _ = write_file(
+        "/proc/self/oom_score_adj".as_ref(),
+        &plan.oom_score_adj.to_string(),
+    );
     // The old /proc stays reachable by this descriptor after the root is gone.
     let proc = rustix::fs::open("/proc", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
         .map_err(at("open /proc"))?;
     build_root(&plan, &fds)?;
     let (mapped_r, mapped_w) =
         rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(at("make a pipe"))?;
-    let mut flags = libc::CLONE_NEWPID
-        | libc::CLONE_NEWNET
-        | libc::CLONE_NEWIPC
-        | libc::CLONE_NEWUTS
-        | libc::CLONE_NEWCGROUP;
-    if plan.user_ns {
-        flags |= libc::CLONE_NEWUSER;
+    let mut flags =
+        libc::CLONE_NEWNET | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS | libc::CLONE_NEWCGROUP;
+    if plan.apart {
+        flags |= libc::CLONE_NEWUSER | libc::CLONE_NEWPID;
     }
     match clone_sibling(flags).map_err(at("clone"))? {
         None => {
@@ -195,7 +197,7 @@ fn launch(sock: &OwnedFd) -> Step {
             unsafe { libc::_exit(1) }
         }
         Some((pid, pidfd)) => {
-            if plan.user_ns {
+            if plan.apart {
                 map_ids(&proc, pid, plan.id)?;
             }
             rustix::io::write(&mapped_w, b"m").map_err(at("release the child"))?;
@@ -270,7 +272,9 @@ fn child(
         (Resource::Nofile, NOFILE_MAX),
     ] {
         // A limit that is lower already stays.
-        let max = rustix::process::getrlimit(what).maximum.map_or(max, |now| now.min(max));
+        let max = rustix::process::getrlimit(what)
+            .maximum
+            .map_or(max, |now| now.min(max));
         let limit = Rlimit {
             current: Some(max),
             maximum: Some(max),
@@ -454,8 +458,9 @@ fn landlock(root: &[Entry]) -> Step {
 fn open_mount(sock: &OwnedFd, id: u32, mount: &OwnedFd) -> Step {
     drop_privileges(id)?;
     let path = format!("/proc/self/fd/{}", mount.as_raw_fd());
-    let file = rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
-        .map_err(at("open the disk's file"))?;
+    // The VMM matches the access mode and O_DIRECT of a descriptor that it is given.
+    let flags = OFlags::RDWR | OFlags::DIRECT | OFlags::CLOEXEC;
+    let file = rustix::fs::open(path, flags, Mode::empty()).map_err(at("open the disk's file"))?;
     send(sock, &Said::Ready { pid: 0 }, &[file.as_fd()]).map_err(at("send the disk's file"))
 }
 

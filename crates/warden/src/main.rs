@@ -12,6 +12,19 @@ fn main() -> anyhow::Result<()> {
     if args.peek().is_some_and(|a| a == "jail") {
         std::process::exit(warden::jail::launcher_main());
     }
+    start(args).map_err(|e| {
+        match e
+            .downcast_ref::<api::Error>()
+            .and_then(|e| e.detail.clone())
+        {
+            // What the client would not be told is what the operator needs.
+            Some(detail) => e.context(detail),
+            None => e,
+        }
+    })
+}
+
+fn start(mut args: impl Iterator<Item = String>) -> anyhow::Result<()> {
     let (mut root, mut act) = (PathBuf::new(), "run".to_owned());
     while let Some(arg) = args.next() {
         let mut value = || args.next().with_context(|| format!("{arg} needs a value"));

@@ -287,12 +287,15 @@ pub fn network_of(layout: &Layout) -> Result<Network> {
     }
     impl Default for Section {
         fn default() -> Self {
-            Self { base: Ipv4Addr::new(10, 117, 0, 0) }
+            Self {
+                base: Ipv4Addr::new(10, 117, 0, 0),
+            }
         }
     }
     let path = layout.config();
     // The other fields are the other processes'; `casemate doctor` checks the file as a whole.
-    let file: File = toml::from_str(&read_small(&path)?.unwrap_or_default()).at("read", path.display())?;
+    let file: File =
+        toml::from_str(&read_small(&path)?.unwrap_or_default()).at("read", path.display())?;
     Ok(Network::new(file.network.base))
 }
 

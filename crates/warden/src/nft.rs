@@ -105,7 +105,9 @@ impl Nft {
                 tap_name(slot)
             );
             let text = self.lib.run(&command).at("count drops of slot", slot)?;
-            let number = text.split_once("counter packets ").and_then(|(_, n)| n.split(' ').next()?.parse().ok());
+            let number = text
+                .split_once("counter packets ")
+                .and_then(|(_, n)| n.split(' ').next()?.parse().ok());
             Ok(number.unwrap_or(0))
         };
         Ok((one("drop_in")?, one("drop_out")?))

@@ -30,7 +30,7 @@ impl Jail {
             id,
             program,
             argv: vec![],
-            user_ns: true,
+            apart: true,
             root: vec![],
             scratch: layout.own_run().join("root"),
             pass: vec![],
@@ -183,7 +183,7 @@ pub fn vmm(
     Ok(jail)
 }
 
-/// vmctl's jail: itself and the system's libraries. No user namespace: it reads its peers' uids.
+/// vmctl's jail: itself and the system's libraries. Not apart: it reads its peers' uids.
 ///
 /// # Errors
 /// A descriptor's.
@@ -202,7 +202,7 @@ pub fn vmctl(
         jail.pass(fd);
     }
     jail.plan.argv = argv;
-    jail.plan.user_ns = false;
+    jail.plan.apart = false;
     jail.plan.fsize_bytes = STATE_MAX_BYTES;
     Ok(jail)
 }

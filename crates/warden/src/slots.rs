@@ -618,11 +618,7 @@ impl Warden {
         let gone = s.vmm.kill(KILL_WAIT);
         if let Some(mut disk) = s.disk.take() {
             // Not gone: it waits for an answer of its disk. Without one, the disk goes first.
-            if !gone {
-                disk.control = None;
-            }
-            disk.end();
-            disk.file = None;
+            disk.end(gone);
             if let Some(workspace) = &s.record.workspace
                 && let Err(e) = self.disks.rest(workspace)
             {

@@ -12,8 +12,8 @@ use api::warden::Start;
 use rustix::fd::{AsFd as _, OwnedFd};
 use rustix::fs::Mode;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
-use vmm::qemu::{Accel, How, Paths, Spec};
 use std::os::unix::net::{UnixListener, UnixStream};
+use vmm::qemu::{Accel, How, Paths, Spec};
 
 /// The VMM inside the closure.
 pub const PROGRAM: &str = "/usr/bin/qemu-system-x86_64";
@@ -86,7 +86,8 @@ impl Ends {
             ],
         };
         if let Some(files) = files {
-            ends.vmm.push(files.state.try_clone().at("copy", "a template's state")?);
+            ends.vmm
+                .push(files.state.try_clone().at("copy", "a template's state")?);
         }
         Ok(ends)
     }
@@ -126,11 +127,26 @@ pub fn launch(vmm: &Vmm, record: &Record, host_uid: u32) -> Launch {
     };
     // All of it is ASCII: constants of the driver and numbers.
     let vmm_argv = std::iter::once("qemu-system-x86_64".into())
-        .chain(vmm::qemu::argv(&spec).into_iter().map(|a| a.to_string_lossy().into_owned()))
+        .chain(
+            vmm::qemu::argv(&spec)
+                .into_iter()
+                .map(|a| a.to_string_lossy().into_owned()),
+        )
         .collect();
     let (slot, uid) = (record.slot.to_string(), host_uid.to_string());
-    let vmctl_argv = ["casemate-vmctl", "--slot", &slot, "--how", word, "--host-uid", &uid];
-    Launch { vmm_argv, vmctl_argv: vmctl_argv.map(String::from).into() }
+    let vmctl_argv = [
+        "casemate-vmctl",
+        "--slot",
+        &slot,
+        "--how",
+        word,
+        "--host-uid",
+        &uid,
+    ];
+    Launch {
+        vmm_argv,
+        vmctl_argv: vmctl_argv.map(String::from).into(),
+    }
 }
 
 /// Gives vmctl the disk's file.

@@ -1,6 +1,12 @@
 //! A world of its own for each test: directories, a network namespace, doubles for the programs
 //! that warden starts, and a count of what is left at the end.
-#![allow(clippy::unwrap_used, dead_code, unreachable_pub, unsafe_code, missing_docs)]
+#![allow(
+    clippy::unwrap_used,
+    dead_code,
+    unreachable_pub,
+    unsafe_code,
+    missing_docs
+)]
 
 use api::warden::{Op, Open, Source, Start, Status};
 use std::io::{BufRead, BufReader, Write};
@@ -30,15 +36,27 @@ pub struct World {
 impl World {
     /// A fresh installation in a temporary directory.
     pub fn new() -> Self {
-        let dir = tempfile::Builder::new().prefix("cmt-").tempdir().unwrap().keep();
+        let dir = tempfile::Builder::new()
+            .prefix("cmt-")
+            .tempdir()
+            .unwrap()
+            .keep();
         std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o755)).unwrap();
         let layout = Layout::new(&dir);
         let artifacts = layout.artifacts();
         let closure = artifacts.join("closure");
-        for d in ["usr/bin", "usr/lib/x86_64-linux-gnu", "usr/lib64", "usr/share/qemu"] {
+        for d in [
+            "usr/bin",
+            "usr/lib/x86_64-linux-gnu",
+            "usr/lib64",
+            "usr/share/qemu",
+        ] {
             std::fs::create_dir_all(closure.join(d)).unwrap();
         }
-        let double = Path::new(LAUNCHER).parent().unwrap().join("examples/double");
+        let double = Path::new(LAUNCHER)
+            .parent()
+            .unwrap()
+            .join("examples/double");
         std::fs::copy(&double, closure.join("usr/bin/qemu-system-x86_64")).unwrap();
         for lib in ["libc.so.6", "libgcc_s.so.1", "libm.so.6"] {
             let lib = Path::new("usr/lib/x86_64-linux-gnu").join(lib);
@@ -52,8 +70,10 @@ impl World {
         std::fs::write(artifacts.join("kernel/vmlinux"), "a kernel").unwrap();
         std::fs::write(artifacts.join("kernel/initramfs.cpio"), "an initramfs").unwrap();
         std::fs::create_dir_all(artifacts.join("images")).unwrap();
-        let image: String =
-            seal::hash::sha256(b"an image").iter().map(|b| format!("{b:02x}")).collect();
+        let image: String = seal::hash::sha256(b"an image")
+            .iter()
+            .map(|b| format!("{b:02x}"))
+            .collect();
         std::fs::write(artifacts.join(format!("images/{image}.erofs")), "an image").unwrap();
         let programs = dir.join("programs");
         std::fs::create_dir(&programs).unwrap();
@@ -62,13 +82,42 @@ impl World {
         }
         layout.create().unwrap();
         Machine::init(&layout).unwrap();
-        Self { dir, layout, image, owner: true }
+        Self {
+            dir,
+            layout,
+            image,
+            owner: true,
+        }
+    }
+
+    /// An installation with real programs and artifacts.
+    pub fn with_artifacts(artifacts: &Path) -> Self {
+        let mut world = Self::new();
+        std::fs::remove_dir_all(world.layout.artifacts()).unwrap();
+        symlink(artifacts, world.layout.artifacts()).unwrap();
+        for name in ["casemate-vmctl", "casemate-disk"] {
+            let built = Path::new(LAUNCHER).with_file_name(name);
+            std::fs::copy(built, world.dir.join("programs").join(name)).unwrap();
+        }
+        let images = std::fs::read_dir(artifacts.join("images")).unwrap();
+        let names = images.map(|e| e.unwrap().file_name().into_string().unwrap());
+        let mut ids = names.filter_map(|n| n.strip_suffix(".erofs").map(String::from));
+        world.image = ids.next().unwrap();
+        world
     }
 
     /// The same installation, seen from a process that a test started.
     pub fn at(dir: &Path) -> Self {
-        let image = seal::hash::sha256(b"an image").iter().map(|b| format!("{b:02x}")).collect();
-        Self { dir: dir.into(), layout: Layout::new(dir), image, owner: false }
+        let image = seal::hash::sha256(b"an image")
+            .iter()
+            .map(|b| format!("{b:02x}"))
+            .collect();
+        Self {
+            dir: dir.into(),
+            layout: Layout::new(dir),
+            image,
+            owner: false,
+        }
     }
 
     pub fn open(&self, fail_at: Option<Step>) -> Arc<Warden> {
@@ -79,28 +128,43 @@ impl World {
             host_uid: HOST_UID,
             launcher: LAUNCHER.into(),
             programs: self.dir.join("programs"),
-            vmm: Vmm { kvm: false, accel_why: "a double".into() },
+            vmm: Vmm {
+                kvm: false,
+                accel_why: "a double".into(),
+            },
             fail_at,
         })
         .unwrap_or_else(|e| panic!("{e:?}"))
     }
 
     pub fn vm_open(&self, slot: u16, how: Start) -> Op {
-        Op::VmOpen { slot, how, image: self.image.clone(), memory_mb: 128, cpus: 1 }
+        Op::VmOpen {
+            slot,
+            how,
+            image: self.image.clone(),
+            memory_mb: 128,
+            cpus: 1,
+        }
     }
 
     /// The VMM's double on the slot.
     pub fn probe(&self, slot: u16) -> Probe {
         let stream = UnixStream::connect(self.layout.vmctl().join(format!("{slot}.sock"))).unwrap();
         stream.set_read_timeout(Some(SOON)).unwrap();
-        Probe { lines: BufReader::new(stream) }
+        Probe {
+            lines: BufReader::new(stream),
+        }
     }
 
     /// All that an installation without slots must not have.
     pub fn left(&self) -> Vec<String> {
         let mut left = Vec::new();
         let state = self.layout.state();
-        for dir in [state.join("slots"), state.join("build"), self.layout.vmctl()] {
+        for dir in [
+            state.join("slots"),
+            state.join("build"),
+            self.layout.vmctl(),
+        ] {
             for e in std::fs::read_dir(dir).unwrap() {
                 left.push(e.unwrap().path().display().to_string());
             }
@@ -121,14 +185,22 @@ impl World {
                 }
             }
         }
-        for line in std::fs::read_to_string("/proc/thread-self/net/dev").unwrap().lines() {
+        for line in std::fs::read_to_string("/proc/thread-self/net/dev")
+            .unwrap()
+            .lines()
+        {
             if line.trim_start().starts_with("cm") {
                 left.push(line.into());
             }
         }
         let root = self.dir.to_str().unwrap().to_owned();
         let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
-        left.extend(mounts.lines().filter(|l| l.contains(&root)).map(String::from));
+        left.extend(
+            mounts
+                .lines()
+                .filter(|l| l.contains(&root))
+                .map(String::from),
+        );
         left.extend(nft_elements());
         left
     }
@@ -175,7 +247,8 @@ impl Probe {
     }
 
     pub fn ask(&mut self, line: &str) -> String {
-        self.try_ask(line).unwrap_or_else(|| panic!("the VMM died of {line:?}"))
+        self.try_ask(line)
+            .unwrap_or_else(|| panic!("the VMM died of {line:?}"))
     }
 }
 
@@ -210,18 +283,29 @@ pub fn disk_open(slot: u16) -> Op {
 }
 
 pub fn disk_grant(slot: u16) -> Op {
-    Op::DiskGrant { slot, sealed: "c2VhbGVk".into(), aad: "0d".repeat(32) }
+    Op::DiskGrant {
+        slot,
+        sealed: "c2VhbGVk".into(),
+        aad: "0d".repeat(32),
+    }
 }
 
 pub fn edge(port: u16) -> Open {
-    Open { source: Source::Edge, port }
+    Open {
+        source: Source::Edge,
+        port,
+    }
 }
 
 /// Runs `f` in a thread with a network namespace of its own; what it spawns is in it too.
 pub fn in_netns<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static) -> T {
     let run = move || {
         // SAFETY: unshares the network namespace of this thread alone.
-        assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNET) }, 0, "needs root");
+        assert_eq!(
+            unsafe { libc::unshare(libc::CLONE_NEWNET) },
+            0,
+            "needs root"
+        );
         f()
     };
     match std::thread::spawn(run).join() {
@@ -230,8 +314,27 @@ pub fn in_netns<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static) -> T 
     }
 }
 
+/// Runs `f` in a thread whose credentials are `uid`'s.
+pub fn as_uid<T: Send + 'static>(uid: u32, f: impl FnOnce() -> T + Send + 'static) -> T {
+    let run = move || {
+        // SAFETY: the raw call changes this thread alone, which ends with `f`.
+        assert_eq!(
+            unsafe { libc::syscall(libc::SYS_setresuid, uid, uid, uid) },
+            0
+        );
+        f()
+    };
+    std::thread::spawn(run).join().unwrap()
+}
+
 fn nft_elements() -> Vec<String> {
-    let out = std::process::Command::new("nft").args(["list", "ruleset"]).output().unwrap();
+    let out = std::process::Command::new("nft")
+        .args(["list", "ruleset"])
+        .output()
+        .unwrap();
     let text = String::from_utf8(out.stdout).unwrap();
-    text.lines().filter(|l| l.contains("\"cm")).map(|l| format!("nft: {}", l.trim())).collect()
+    text.lines()
+        .filter(|l| l.contains("\"cm"))
+        .map(|l| format!("nft: {}", l.trim()))
+        .collect()
 }
