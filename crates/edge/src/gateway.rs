@@ -21,6 +21,7 @@ use crate::control::bearer;
 use crate::feeds::Feeds;
 use crate::guest::{Guests, Key};
 use crate::headers;
+use crate::limits::PUSH_MAX;
 use crate::server::Seen;
 use crate::state::{Live, Table};
 use crate::upstream::Lease;
@@ -86,6 +87,10 @@ impl Gateway {
                 ErrorCode::NotSupported,
                 "this version of the gateway does not have this call",
             ));
+        }
+        if let Some(push) = self.table.untold(&workspace) {
+            let taken = tokio::time::timeout(PUSH_MAX, self.guests.tell(&push)).await;
+            self.table.told(&push, matches!(taken, Ok(Ok(()))));
         }
         let live = Arc::new(live);
         let cut = live.cut();

@@ -424,6 +424,16 @@ impl Table {
         wanting.into_iter().map(begin).collect()
     }
 
+    /// What a guest must be told before it gets a request, or it would judge the token by an
+    /// older state than the edge did.
+    #[must_use]
+    pub fn untold(&self, workspace: &WorkspaceId) -> Option<Push> {
+        self.lock()
+            .entries
+            .get(workspace)?
+            .untold(workspace, &self.net)
+    }
+
     /// How telling went.
     pub fn told(&self, push: &Push, taken: bool) {
         let mut inner = self.lock();
@@ -494,12 +504,14 @@ impl Entry {
         self.token.is_none() && self.actual.is_none() && self.live.is_empty() && !self.telling
     }
 
-    /// What its guest should be told and was not yet.
+    /// What its guest should be told, and nobody is telling it now.
     fn push(&self, workspace: &WorkspaceId, net: &GuestNet) -> Option<Push> {
-        let token = self
-            .token
-            .as_ref()
-            .filter(|t| !t.state.gone && !self.telling)?;
+        self.untold(workspace, net).filter(|_| !self.telling)
+    }
+
+    /// What its guest has not taken yet.
+    fn untold(&self, workspace: &WorkspaceId, net: &GuestNet) -> Option<Push> {
+        let token = self.token.as_ref().filter(|t| !t.state.gone)?;
         let route = self.route(workspace, token, net).ok()?;
         let seq = token.state.seq;
         let told = self

@@ -160,6 +160,7 @@ impl Capture {
             .args([
                 "--",
                 "tcpdump",
+                "--immediate-mode",
                 "-Z",
                 "root",
                 "-U",

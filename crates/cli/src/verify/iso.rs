@@ -148,9 +148,7 @@ pub(super) async fn iso_3(w: &mut World<'_>) -> anyhow::Result<Finding> {
 
 pub(super) async fn iso_4(w: &mut World<'_>) -> anyhow::Result<Finding> {
     let a = w.shared().await?;
-    let b = w
-        .make(json!({ "config": { "network_config": { "public_ingress": true } } }))
-        .await?;
+    let b = w.make(json!({})).await?;
     w.public(&a, true).await?;
     let target = w.slot(&b)?;
     let before = w.probe.counters(target.slot)?;
@@ -211,15 +209,22 @@ async fn dial_inside(
     address: &str,
     ports: &[u16],
 ) -> anyhow::Result<Vec<(u16, String)>> {
-    const DIAL: &str = "\
-import socket, sys\n\
-for p in sys.argv[2:]:\n\
-    s = socket.socket(); s.settimeout(1.0)\n\
-    try:\n        s.connect((sys.argv[1], int(p))); r = 'open'\n\
-    except ConnectionRefusedError: r = 'refused'\n\
-    except TimeoutError: r = 'silence'\n\
-    except OSError: r = 'unreachable'\n\
-    print(p, r)\n";
+    const DIAL: &str = r"
+import socket, sys
+for p in sys.argv[2:]:
+    s = socket.socket()
+    s.settimeout(1.0)
+    try:
+        s.connect((sys.argv[1], int(p)))
+        r = 'open'
+    except ConnectionRefusedError:
+        r = 'refused'
+    except TimeoutError:
+        r = 'silence'
+    except OSError:
+        r = 'unreachable'
+    print(p, r)
+";
     let ports: Vec<String> = ports.iter().map(u16::to_string).collect();
     let mut command = vec!["python3", "-c", DIAL, address];
     command.extend(ports.iter().map(String::as_str));
