@@ -3,6 +3,7 @@
 //! Every call is one step after which the process may be killed. Tests put a double behind it that
 //! stops at the n-th step, and that forgets what was not synced.
 
+use crate::limits::SYNC_LANES_MAX;
 use std::fs::{File, OpenOptions, Permissions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
@@ -65,6 +66,37 @@ impl Disk {
         #[cfg(test)]
         self.tell(|d| d.synced(path));
         Ok(())
+    }
+
+    /// Does the same to each of `items`, several at a time: what is synced at once costs little more
+    /// than one of them. Ends with the first error, when all have ended.
+    ///
+    /// # Errors
+    /// What `act` says.
+    pub fn each<T: Sync, E: Send>(
+        &self,
+        items: &[T],
+        act: impl Fn(&T) -> Result<(), E> + Sync,
+    ) -> Result<(), E> {
+        #[cfg(test)]
+        if self.double.is_some() {
+            return items.iter().try_for_each(act); // In order, so that a seed replays.
+        }
+        let lanes = items.len().clamp(1, SYNC_LANES_MAX);
+        let (first, rest) = items.split_at(items.len().div_ceil(lanes));
+        std::thread::scope(|scope| {
+            let act = &act;
+            let others: Vec<_> = rest
+                .chunks(first.len().max(1))
+                .map(|lane| scope.spawn(move || lane.iter().try_for_each(act)))
+                .collect();
+            let mut result = first.iter().try_for_each(act);
+            for other in others {
+                let other = other.join().expect("no act panics");
+                result = result.and(other);
+            }
+            result
+        })
     }
 
     /// Gives a file its name.

@@ -45,6 +45,8 @@ pub const FIELD_MAX_BYTES: usize = 256;
 pub const RECEIPTS_MAX: usize = 256;
 /// Entries between two checkpoints while a backlog is integrated.
 pub const CYCLE_ENTRIES_MAX: u64 = 16_384;
+/// Files synced at once.
+pub const SYNC_LANES_MAX: usize = 4;
 /// Directories of tiles whose names are remembered to be durable.
 pub const NAMED_MAX: usize = 10_000;
 /// How long entries without a waiting receipt may stay out of the tree.

@@ -35,6 +35,7 @@ fn main() -> anyhow::Result<()> {
         }
         Err(e) => bail!("{e}; usage: {USAGE}"),
     };
+    seal::secret::harden_process()?;
     log_start();
     let config = Config::load(&args.paths.config())?;
     if args.init {

@@ -108,7 +108,7 @@ impl World {
     pub(crate) fn start_kms(&mut self) {
         let listener = service::rpc::bind(&self.paths.socket("kms", "kms")).unwrap();
         let (stop, stopped) = watch::channel(false);
-        let key = std::sync::Arc::new(self.day_key.clone());
+        let key = std::sync::Arc::new(self.day_key);
         let handler = move |_: service::rpc::Peer, _: String, op: api::kms::Op| {
             let key = std::sync::Arc::clone(&key);
             async move {

@@ -4,7 +4,7 @@
 use super::{Job, unavailable};
 use crate::integrate::Op;
 use crate::integrate::log::Integrated;
-use crate::limits::{INTEGRATE_DELAY, INTEGRATE_TIMEOUT, RECEIPT_TIMEOUT, RECEIPTS_MAX};
+use crate::limits::{INTEGRATE_DELAY, INTEGRATE_TIMEOUT, RECEIPTS_MAX};
 use api::rpc::Client;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -22,16 +22,20 @@ pub struct Proof {
     pub checkpoint: String,
 }
 
-/// The link of one class.
+/// The writer's end of the link of one class.
 pub struct Link {
-    wants: mpsc::Sender<Want>,
+    /// No bound of its own: each want has a caller that waits, and those are bounded.
+    wants: mpsc::UnboundedSender<Want>,
     durable: watch::Sender<u64>,
 }
 
 struct Want {
     index: u64,
-    answer: oneshot::Sender<api::Result<Proof>>,
+    answer: Answer,
 }
+
+/// Where a proof goes.
+pub type Answer = oneshot::Sender<api::Result<Proof>>;
 
 impl Link {
     /// A link for a log that has `size` durable entries, and the task that serves it until the link
@@ -42,7 +46,7 @@ impl Link {
         integrate: Client,
         writer: mpsc::WeakSender<Job>,
     ) -> (Link, JoinHandle<()>) {
-        let (wants, wanted) = mpsc::channel(4 * RECEIPTS_MAX);
+        let (wants, wanted) = mpsc::unbounded_channel();
         let (durable, seen) = watch::channel(size);
         let task = Task {
             class,
@@ -56,27 +60,13 @@ impl Link {
         (Link { wants, durable }, tokio::spawn(task.run()))
     }
 
-    /// Where the writer says how many entries are durable.
-    #[must_use]
-    pub fn durable(&self) -> watch::Sender<u64> {
-        self.durable.clone()
-    }
-
-    /// The proof of a durable entry, once it is in the tree.
-    ///
-    /// # Errors
-    /// [`api::ErrorCode::AuditUnavailable`] when integrate does not answer.
-    pub async fn receipt(&self, index: u64) -> api::Result<Proof> {
-        let (answer, proof) = oneshot::channel();
-        let gone = || unavailable(&"the way to audit-integrate is closed");
-        self.wants
-            .send(Want { index, answer })
-            .await
-            .map_err(|_| gone())?;
-        tokio::time::timeout(RECEIPT_TIMEOUT, proof)
-            .await
-            .map_err(|_| unavailable(&"audit-integrate does not answer"))?
-            .map_err(|_| gone())?
+    /// Says that all entries below `size` are durable, and whose proofs are wanted.
+    pub fn durable(&self, size: u64, wanted: impl IntoIterator<Item = (u64, Answer)>) {
+        for (index, answer) in wanted {
+            // If the task is gone, the caller sees its end of the answer closed.
+            let _ = self.wants.send(Want { index, answer });
+        }
+        self.durable.send_replace(size);
     }
 }
 
@@ -84,7 +74,7 @@ struct Task {
     class: Class,
     integrate: Client,
     writer: mpsc::WeakSender<Job>,
-    wanted: mpsc::Receiver<Want>,
+    wanted: mpsc::UnboundedReceiver<Want>,
     durable: watch::Receiver<u64>,
     integrated: u64,
     waiting: Vec<Want>,
@@ -95,7 +85,9 @@ impl Task {
         let mut open = true;
         while open {
             open = self.gather().await;
-            let durable = *self.durable.borrow_and_update();
+            // A wanted entry is durable, and so are all below it, even if that is not said yet.
+            let wanted = self.waiting.iter().map(|want| want.index + 1).max();
+            let durable = (*self.durable.borrow_and_update()).max(wanted.unwrap_or(0));
             if self.waiting.is_empty() && durable <= self.integrated {
                 continue;
             }
@@ -136,6 +128,7 @@ impl Task {
             }
         } else {
             tokio::select! {
+                biased;
                 first = self.wanted.recv() => first,
                 changed = self.durable.changed() => return changed.is_ok(),
             }

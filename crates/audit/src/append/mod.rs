@@ -19,7 +19,7 @@ pub mod sealer;
 use crate::integrate::Sizes;
 use crate::limits::{
     BATCH_BYTES_SOFT, BATCH_ENTRIES_MAX, BATCH_KEY_LIFE, DAY_KEYS_REQUEST_MAX, EVENT_MAX_BYTES,
-    FIELD_MAX_BYTES, QUEUE_MAX, START_TIMEOUT,
+    FIELD_MAX_BYTES, QUEUE_MAX, RECEIPT_TIMEOUT, START_TIMEOUT,
 };
 use crate::{log_class, metrics};
 use anyhow::{Context as _, bail};
@@ -29,7 +29,7 @@ use api::rpc::Client;
 use api::{Error, ErrorCode};
 use keys::Keys;
 use link::Link;
-use log::{Draft, Log, Placed};
+use log::{Committed, Draft, Log, Placed};
 use seal::hpke::PublicKey;
 use service::clock::Clock;
 use service::paths::Paths;
@@ -115,7 +115,7 @@ pub async fn run(
             log,
             keys: Arc::clone(&keys),
             clock: clock.clone(),
-            durable: link.durable(),
+            link,
             figures: figures.clone(),
             class,
         };
@@ -132,7 +132,7 @@ pub async fn run(
                 .context("start a writer")?,
         );
         links.push(task);
-        writers.insert(class, (queue, link));
+        writers.insert(class, queue);
     }
     let appender = Arc::new(Appender {
         keys,
@@ -204,19 +204,25 @@ async fn sizes_check(integrate: &Client, logs: &BTreeMap<Class, Log>) -> anyhow:
 
 /// What the writer of a class is asked to do.
 pub(crate) enum Job {
-    /// Append and answer.
-    Append(Draft, oneshot::Sender<api::Result<Placed>>),
+    /// Append and answer, and have the proof made if it is wanted.
+    Append(Draft, Caller),
     /// So many entries are in the tree, durably.
     Integrated(u64),
     /// Look after batch keys.
     Purge,
 }
 
+/// Who waits for an entry.
+pub(crate) struct Caller {
+    placed: oneshot::Sender<api::Result<Placed>>,
+    proof: Option<link::Answer>,
+}
+
 struct Writer {
     log: Log,
     keys: Arc<RwLock<Keys>>,
     clock: Clock,
-    durable: watch::Sender<u64>,
+    link: Link,
     figures: metrics::Append,
     class: Class,
 }
@@ -225,14 +231,14 @@ impl Writer {
     /// Works off the queue until it is closed.
     fn run(mut self, mut jobs: mpsc::Receiver<Job>) -> Result<(), log::LogError> {
         while let Some(job) = jobs.blocking_recv() {
-            let (mut drafts, mut answers, mut bytes) = (Vec::new(), Vec::new(), 0);
+            let (mut drafts, mut callers, mut bytes) = (Vec::new(), Vec::new(), 0);
             let mut next = Some(job);
             while let Some(job) = next.take() {
                 match job {
-                    Job::Append(draft, answer) => {
+                    Job::Append(draft, caller) => {
                         bytes += draft.payload.len();
                         drafts.push(draft);
-                        answers.push(answer);
+                        callers.push(caller);
                     }
                     Job::Integrated(size) => {
                         self.figures
@@ -250,60 +256,53 @@ impl Writer {
                 }
             }
             if !drafts.is_empty() {
-                self.commit(drafts, answers)?;
+                self.commit(drafts, callers)?;
             }
         }
         Ok(())
     }
 
-    fn commit(
-        &mut self,
-        drafts: Vec<Draft>,
-        answers: Vec<oneshot::Sender<api::Result<Placed>>>,
-    ) -> Result<(), log::LogError> {
-        let count = drafts.len() as u64;
+    fn commit(&mut self, drafts: Vec<Draft>, callers: Vec<Caller>) -> Result<(), log::LogError> {
         let wall_ms = self.clock.now_ms();
-        let done = {
-            let keys = self.keys.read().unwrap_or_else(PoisonError::into_inner);
-            self.log.commit(drafts, &keys, wall_ms, Instant::now())
-        };
-        let done = match done {
+        let done = match self.commit_at(drafts, wall_ms) {
             Ok(done) => done,
             Err(e) => {
                 tracing::error!(class = %self.class, error = %e, "append");
-                for answer in answers {
-                    let _ = answer.send(Err(unavailable(&e)));
+                for caller in callers {
+                    let _ = caller.placed.send(Err(unavailable(&e)));
                 }
                 return Err(e);
             }
         };
-        self.durable.send_replace(self.log.size());
         let of = metrics::of(self.class);
-        let refused = done.placed.iter().filter(|p| p.is_err()).count() as u64;
-        self.figures
-            .entries
-            .get_or_create(&of)
-            .inc_by(count - refused);
-        self.figures.refusals.get_or_create(&of).inc_by(refused);
+        let count = done.placed.iter().filter(|p| p.is_ok()).count() as u64;
+        self.figures.entries.get_or_create(&of).inc_by(count);
         self.figures.batches.get_or_create(&of).inc();
         self.figures
             .size
             .get_or_create(&of)
             .set(metrics::gauge(self.log.size()));
-        for (answer, placed) in answers.into_iter().zip(done.placed) {
+        let mut wanted = Vec::new();
+        for (caller, placed) in callers.into_iter().zip(done.placed) {
+            if let (Ok(placed), Some(proof)) = (&placed, caller.proof) {
+                wanted.push((placed.index, proof));
+            }
             // A caller that went away needs no answer; its entry stays.
-            let _ = answer.send(placed.map_err(|e| unavailable(&e)));
+            let _ = caller.placed.send(placed.map_err(|e| unavailable(&e)));
         }
+        self.link.durable(self.log.size(), wanted);
         if let Some(ms) = done.stepped_back_ms {
             self.figures.clock_steps.get_or_create(&of).inc();
             tracing::warn!(class = %self.class, ms, "the clock stepped back");
-            let own = [clock_step(self.class, ms)?];
-            let keys = self.keys.read().unwrap_or_else(PoisonError::into_inner);
-            self.log
-                .commit(own.into(), &keys, wall_ms, Instant::now())?;
-            self.durable.send_replace(self.log.size());
+            self.commit_at(vec![clock_step(self.class, ms)?], wall_ms)?;
+            self.link.durable(self.log.size(), []);
         }
         self.log.rotate_if_full()
+    }
+
+    fn commit_at(&mut self, drafts: Vec<Draft>, wall_ms: u64) -> Result<Committed, log::LogError> {
+        let keys = self.keys.read().unwrap_or_else(PoisonError::into_inner);
+        self.log.commit(drafts, &keys, wall_ms, Instant::now())
     }
 }
 
@@ -338,7 +337,7 @@ fn clock_step(class: Class, ms: u64) -> Result<Draft, log::LogError> {
 struct Appender {
     keys: Arc<RwLock<Keys>>,
     clock: Clock,
-    writers: BTreeMap<Class, (mpsc::Sender<Job>, Link)>,
+    writers: BTreeMap<Class, mpsc::Sender<Job>>,
     figures: metrics::Append,
 }
 
@@ -405,25 +404,32 @@ impl Appender {
                 ),
             ));
         }
-        let (queue, link) = self
+        let queue = self
             .writers
             .get(&class)
             .ok_or_else(|| Error::internal("a class without a writer"))?;
+        let gone = || unavailable(&"the log's writer has stopped");
         let (answer, placed) = oneshot::channel();
+        let (proof_answer, proof) = oneshot::channel();
+        let caller = Caller {
+            placed: answer,
+            proof: want_receipt.then_some(proof_answer),
+        };
         queue
-            .send(Job::Append(Draft { account, payload }, answer))
+            .send(Job::Append(Draft { account, payload }, caller))
             .await
-            .map_err(|_| unavailable(&"the log's writer has stopped"))?;
-        let placed = placed
-            .await
-            .map_err(|_| unavailable(&"the log's writer has stopped"))??;
+            .map_err(|_| gone())?;
+        let placed = placed.await.map_err(|_| gone())??;
         let mut appended = Appended {
             index: placed.index,
             time_ms: placed.time_ms,
             receipt: None,
         };
         if want_receipt {
-            let proof = link.receipt(placed.index).await?;
+            let proof = tokio::time::timeout(RECEIPT_TIMEOUT, proof)
+                .await
+                .map_err(|_| unavailable(&"audit-integrate does not answer"))?
+                .map_err(|_| gone())??;
             let receipt = Receipt::new(
                 class,
                 placed.index,
@@ -456,7 +462,7 @@ async fn purge_often(appender: Arc<Appender>) {
     let mut every = tokio::time::interval(BATCH_KEY_LIFE);
     loop {
         every.tick().await;
-        for (queue, _) in appender.writers.values() {
+        for queue in appender.writers.values() {
             // A full queue is a busy writer, which renews its keys by itself.
             let _ = queue.try_send(Job::Purge);
         }

@@ -1,10 +1,13 @@
 //! One class's tree: from durable segments to tiles and a signed checkpoint.
 //!
 //! ```text
-//!  segments ──▶ grow ──▶ each file: temp, fsync, rename ──▶ fsync directories ──▶ read back
-//!                                                                                   │
-//!  answer ◀── fsync directory ◀── rename ◀── temp, fsync ◀── sign ◀── follows from the last one?
+//!  segments ──▶ grow ──▶ files: temp, fsync; rename ──▶ read back ──▶ follows from the last one?
+//!                                                                              │ sign
+//!  answer ◀── fsync directory ◀── rename checkpoint ◀── fsync directories, checkpoint's temp
 //! ```
+//!
+//! What is synced in one step is synced at once: a receipt costs about four journal commits, that of
+//! the batch among them.
 //!
 //! Killed anywhere, it computes the same again from the segments and the last checkpoint.
 
@@ -128,7 +131,10 @@ pub fn create(
     disk.dir_create(&dir.join("tmp"))?;
     disk.dir_sync(dir)?;
     let checkpoint = Checkpoint::new(&class.origin(installation)?, 0, tlog::merkle::empty_root());
-    publish(disk, dir, &checkpoint.sign(key)?.encode())?;
+    let temp = dir.join("tmp").join(CHECKPOINT_PATH);
+    disk.file_write(&temp, checkpoint.sign(key)?.encode().as_bytes())?;
+    disk.rename(&temp, &dir.join(CHECKPOINT_PATH))?;
+    disk.dir_sync(dir)?;
     Ok(())
 }
 
@@ -214,7 +220,8 @@ impl Log {
         self.read(size)?;
         let files = self.grower.take();
         let dir = self.source.dir.clone();
-        self.write(&files)
+        let dirs = self
+            .write(&files)
             .map_err(|(path, e)| self.io("write", &path, e))?;
         let stored = Tiles::new(&dir);
         for file in &files {
@@ -245,8 +252,8 @@ impl Log {
             .sign(&self.source.key)
             .map_err(|e| self.damaged(e.to_string()))?
             .encode();
-        publish(&self.source.disk, &dir, &note)
-            .map_err(|e| self.io("publish", &dir.join(CHECKPOINT_PATH), e))?;
+        self.publish(dirs, &note)
+            .map_err(|(path, e)| self.io("publish", &path, e))?;
         self.checkpoint = next;
         self.note = note;
         remove_partial(&dir, &files);
@@ -379,30 +386,52 @@ impl Log {
         })
     }
 
-    /// Writes new files durably; on an error also says which.
-    fn write(&mut self, files: &[TileFile]) -> Result<(), (PathBuf, io::Error)> {
+    /// Writes new files; returns the directories to sync before their names are durable. On an error
+    /// also says which file.
+    fn write(&self, files: &[TileFile]) -> Result<BTreeSet<PathBuf>, (PathBuf, io::Error)> {
         let Source { disk, dir, .. } = &self.source;
         let mut sync = BTreeSet::new();
-        for file in files {
+        let mut places = Vec::new();
+        for (n, file) in files.iter().enumerate() {
             let path = dir.join(file.tile.path());
-            let at = |e| (path.clone(), e);
-            let parent = path.parent().unwrap_or(dir);
-            for dir in self.unnamed(parent) {
-                disk.dir_create(dir).map_err(at)?;
+            let parent = path.parent().unwrap_or(dir).to_owned();
+            for dir in self.unnamed(&parent) {
+                disk.dir_create(dir).map_err(|e| (dir.to_owned(), e))?;
                 sync.extend(dir.parent().map(Path::to_owned));
             }
-            let temp = dir.join("tmp").join("tile");
-            disk.file_write(&temp, &file.bytes).map_err(at)?;
-            disk.rename(&temp, &path).map_err(at)?;
-            sync.insert(parent.to_owned());
+            sync.insert(parent);
+            places.push((dir.join("tmp").join(format!("tile-{n}")), path, &file.bytes));
         }
-        for dir in &sync {
-            disk.dir_sync(dir).map_err(|e| (dir.clone(), e))?;
+        disk.each(&places, |(temp, _, bytes)| {
+            disk.file_write(temp, bytes).map_err(|e| (temp.clone(), e))
+        })?;
+        for (temp, path, _) in places {
+            disk.rename(&temp, &path).map_err(|e| (path, e))?;
         }
+        Ok(sync)
+    }
+
+    /// Makes the names of new files durable, and only then replaces the checkpoint.
+    fn publish(&mut self, dirs: BTreeSet<PathBuf>, note: &str) -> Result<(), (PathBuf, io::Error)> {
+        let Source { disk, dir, .. } = &self.source;
+        let temp = dir.join("tmp").join(CHECKPOINT_PATH);
+        let paths: Vec<&PathBuf> = dirs.iter().chain([&temp]).collect();
+        disk.each(&paths, |path| {
+            let synced = if **path == temp {
+                disk.file_write(path, note.as_bytes())
+            } else {
+                disk.dir_sync(path)
+            };
+            synced.map_err(|e| ((*path).clone(), e))
+        })?;
+        let path = dir.join(CHECKPOINT_PATH);
+        disk.rename(&temp, &path)
+            .and_then(|()| disk.dir_sync(dir))
+            .map_err(|e| (path, e))?;
         if self.named.len() > NAMED_MAX {
             self.named.clear();
         }
-        self.named.extend(sync);
+        self.named.extend(dirs);
         Ok(())
     }
 
@@ -432,14 +461,6 @@ impl Log {
             source,
         }
     }
-}
-
-/// Replaces the checkpoint, durably.
-fn publish(disk: &Disk, dir: &Path, note: &str) -> io::Result<()> {
-    let temp = dir.join("tmp").join(CHECKPOINT_PATH);
-    disk.file_write(&temp, note.as_bytes())?;
-    disk.rename(&temp, &dir.join(CHECKPOINT_PATH))?;
-    disk.dir_sync(dir)
 }
 
 /// Removes the partial files that full ones have replaced. Nothing depends on it.

@@ -258,6 +258,21 @@ fn a_power_cut_that_keeps_some_of_the_unsynced_loses_nothing_told() {
 }
 
 #[test]
+fn after_a_failed_write_a_log_takes_nothing_more() {
+    let mut rig = Rig::new(5);
+    let (mut append, _) = rig.open().unwrap();
+    rig.commit(&mut append, 1).unwrap();
+    rig.double.lock().unwrap().restart(Some(0));
+    assert!(rig.commit(&mut append, 1).is_err());
+    rig.double.lock().unwrap().restart(None);
+    let e = format!("{:?}", rig.commit(&mut append, 1).err().unwrap());
+    assert!(e.contains("must start anew"), "{e}");
+    assert!(append.rotate().is_err());
+    drop(append);
+    rig.check("anew");
+}
+
+#[test]
 fn the_double_forgets_what_was_not_synced() {
     // A test of the test: without the fdatasync, a power cut must lose the batch.
     let mut rig = Rig::new(3);

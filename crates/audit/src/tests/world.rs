@@ -495,6 +495,31 @@ async fn many_callers_get_their_own_receipts() {
     );
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_growing_log_verifies_at_any_time() {
+    let mut w = World::new();
+    w.start().await;
+    let client = w.client();
+    let grow = tokio::spawn(async move {
+        for i in 0..700u64 {
+            append(
+                &client,
+                ApiClass::Host,
+                entry("a", Some((i % 3) as u8)),
+                i % 7 == 0,
+            )
+            .await
+            .unwrap();
+        }
+    });
+    while !grow.is_finished() {
+        let report = w.verify(Class::Host);
+        assert!(report.is_clean(), "{:?}", report.faults);
+        tokio::task::yield_now().await;
+    }
+    grow.await.unwrap();
+}
+
 fn stopped() -> tokio::sync::watch::Receiver<bool> {
     tokio::sync::watch::channel(true).1
 }
