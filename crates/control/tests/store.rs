@@ -83,7 +83,8 @@ async fn rows_come_back_as_they_were_and_only_to_their_account() {
             let e = store.workspace_get(&account_id(2), name).await.unwrap_err();
             assert_eq!(e.code, ErrorCode::NotFound);
         }
-        assert_eq!(store.workspace_list(&w.account).await.unwrap(), [w.clone()]);
+        let list = store.workspace_list(&w.account).await.unwrap();
+        assert_eq!(list, std::slice::from_ref(&w));
         assert!(
             store
                 .workspace_list(&account_id(2))

@@ -111,7 +111,7 @@ pub(super) async fn iso_3(w: &mut World<'_>) -> anyhow::Result<Finding> {
         let link = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/{kind}"));
         let own = link(&sa.vmm_pid.to_string())?;
         ensure!(
-            own != link("1")?,
+            own != link("self")?,
             "the VMM shares the host's {kind} namespace"
         );
         ensure!(

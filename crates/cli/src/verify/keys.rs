@@ -9,9 +9,11 @@ use anyhow::{Context as _, ensure};
 use api::audit::Class;
 use api::rpc::blocking::call;
 use serde_json::json;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const WAIT: Duration = Duration::from_secs(10);
+/// Within this a refusal must be in the security log.
+const FLAGGED_WITHIN: Duration = Duration::from_secs(1);
 
 pub(super) async fn kms_1(w: &mut World<'_>) -> anyhow::Result<Finding> {
     let before = kms_status(w.probe.paths)?.workspace_keys;
@@ -193,7 +195,15 @@ pub(super) async fn kms_7(w: &mut World<'_>) -> anyhow::Result<Finding> {
     let answer =
         call::<_, serde_json::Value>(&w.probe.paths.socket("kms", "kms"), "verify", &op, WAIT);
     ensure!(answer.is_err(), "a made-up request was answered");
-    let (flagged, written) = (kms_status(w.probe.paths)?.refusals, refusals(w)?);
+    let flagged = kms_status(w.probe.paths)?.refusals;
+    let deadline = Instant::now() + FLAGGED_WITHIN;
+    let written = loop {
+        let written = refusals(w)?;
+        if written > logged || Instant::now() > deadline {
+            break written;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    };
     w.delete(&id).await?;
     ensure!(flagged == before + 1, "the refusal was not flagged");
     ensure!(

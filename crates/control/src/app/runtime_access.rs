@@ -79,7 +79,7 @@ pub async fn access_disable(app: &App, op: &Op, name: &str) -> api::Result<()> {
 }
 
 /// A gateway token, and whether the runtime API is on; with `rotate`, every earlier token ends
-/// first.
+/// first, the raw connection token too: the contract has one call to rotate by.
 ///
 /// # Errors
 /// Mint's.
@@ -97,7 +97,13 @@ pub async fn token_get(
     };
     let act = Act::new(event, &w.account, w.id.as_str());
     app.audit.intent(op, &act).await?;
-    let done = gateway_token(app, op, &w, rotate).await;
+    let done = async {
+        if rotate {
+            raw_token(app, op, &w, true).await?;
+        }
+        gateway_token(app, op, &w, rotate).await
+    }
+    .await;
     app.audit.outcome(op, &act, &done).await;
     let gateway = done?;
     let enabled = token_state_check(app, &w, &gateway.state)?.enabled;
@@ -112,16 +118,9 @@ pub async fn token_raw(app: &App, op: &Op, name: &str) -> api::Result<RawAccess>
     let w = workspace_for_act(app, op, name).await?;
     let act = Act::new("runtime_access.token_raw", &w.account, w.id.as_str());
     app.audit.intent(op, &act).await?;
-    let (_, assertion) = op.client()?;
-    let ask = mint::Op::RawToken {
-        assertion: assertion.to_owned(),
-        workspace: w.id.clone(),
-        rotate: false,
-    };
-    let done = app.peers.mint.call::<_, Raw>(&op.request_id, &ask).await;
+    let done = raw_token(app, op, &w, false).await;
     app.audit.outcome(op, &act, &done).await;
     let raw = done?;
-    state_note(app, &w, raw.state).await?;
     let ip = app.actual(op, &w.id).await.and_then(|a| a.ip);
     Ok(RawAccess {
         token: raw.token,
@@ -158,6 +157,18 @@ async fn gateway_token(app: &App, op: &Op, w: &Workspace, rotate: bool) -> api::
     let gateway: Gateway = app.peers.mint.call(&op.request_id, &ask).await?;
     state_note(app, w, gateway.state.clone()).await?;
     Ok(gateway)
+}
+
+async fn raw_token(app: &App, op: &Op, w: &Workspace, rotate: bool) -> api::Result<Raw> {
+    let (_, assertion) = op.client()?;
+    let ask = mint::Op::RawToken {
+        assertion: assertion.to_owned(),
+        workspace: w.id.clone(),
+        rotate,
+    };
+    let raw: Raw = app.peers.mint.call(&op.request_id, &ask).await?;
+    state_note(app, w, raw.state.clone()).await?;
+    Ok(raw)
 }
 
 /// Keeps the newest token state for the next start; the running guest hears it from the edge.

@@ -40,6 +40,7 @@ pub struct Doubles {
     pub kms_key: SigningKey,
     state: Mutex<State>,
     seq: watch::Sender<u64>,
+    stop: watch::Sender<bool>,
 }
 
 impl Doubles {
@@ -49,6 +50,7 @@ impl Doubles {
             kms_key: super::key(),
             state: Mutex::default(),
             seq: watch::Sender::new(1),
+            stop: watch::Sender::new(false),
         })
     }
 
@@ -68,8 +70,7 @@ impl Doubles {
                     let me = Arc::clone(&me);
                     async move { me.gate($process, op, Self::$answer).await }
                 };
-                let (stop, stopped) = watch::channel(false);
-                std::mem::forget(stop);
+                let stopped = self.stop.subscribe();
                 tokio::spawn(serve(
                     listener,
                     Arc::clone(&uids),
