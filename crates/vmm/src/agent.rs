@@ -88,7 +88,7 @@ impl Channel {
     }
 
     /// The next message that [`Self::fill`] brought.
-    pub fn next(&mut self) -> Option<Result<FromGuest, Error>> {
+    pub fn message(&mut self) -> Option<Result<FromGuest, Error>> {
         self.messages.pop_front()
     }
 
@@ -149,7 +149,7 @@ mod tests {
     }
 
     fn all(c: &mut Channel) -> Vec<Result<FromGuest, Error>> {
-        std::iter::from_fn(|| c.next()).collect()
+        std::iter::from_fn(|| c.message()).collect()
     }
 
     #[test]

@@ -21,8 +21,6 @@ const ALLOWED: &[(i64, &str)] = &[
     (libc::SYS_getsockopt, "who the client is"),
     (libc::SYS_setsockopt, "how long a write may block"),
     (libc::SYS_ioctl, "FIONBIO: blocking or not"),
-    (libc::SYS_fstat, "whether the disk is a file"),
-    (libc::SYS_newfstatat, "the same, as newer libcs spell it"),
     (libc::SYS_close, "clients that leave"),
     (
         libc::SYS_fcntl,

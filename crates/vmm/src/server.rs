@@ -355,7 +355,8 @@ fn request<T: serde::de::DeserializeOwned>(frame: &[u8]) -> Result<(u64, T), (u6
 fn check_disk(fd: Option<OwnedFd>, size_bytes: u64) -> Result<OwnedFd, Error> {
     let wrong = |why: String| Error::new(ErrorCode::ValidationError, why);
     let fd = fd.ok_or_else(|| wrong("disk_fd came without a descriptor".into()))?;
-    if !(DISK_MIN_BYTES..=DISK_MAX_BYTES).contains(&size_bytes) || size_bytes % 4096 != 0 {
+    if !(DISK_MIN_BYTES..=DISK_MAX_BYTES).contains(&size_bytes) || !size_bytes.is_multiple_of(4096)
+    {
         return Err(wrong(format!(
             "size_bytes must be a multiple of 4096 from {DISK_MIN_BYTES} to {DISK_MAX_BYTES}"
         )));

@@ -138,7 +138,7 @@ impl<V: Vmm, T> Vm<V, T> {
     /// Takes in what the guest said.
     pub fn on_agent(&mut self) {
         self.agent.fill();
-        while let Some(message) = self.agent.next() {
+        while let Some(message) = self.agent.message() {
             self.on_message(message);
         }
     }
@@ -202,10 +202,15 @@ impl<V: Vmm, T> Vm<V, T> {
         self.waiting.as_ref().map(|w| w.deadline)
     }
 
-    /// The guest's channel, when it is worth waiting on.
+    /// The guest's channel, when it is worth waiting on: a stopped guest says nothing, and what
+    /// lies there is read when it is its turn.
     #[must_use]
     pub fn agent(&self) -> Option<&Channel> {
-        (!self.exited() && self.agent.listens()).then_some(&self.agent)
+        let stopped = matches!(
+            self.state,
+            State::Created | State::Pooled | State::Paused | State::Exited(_)
+        );
+        (!stopped && self.agent.listens()).then_some(&self.agent)
     }
 
     /// The VMM, until it is gone.
@@ -543,10 +548,8 @@ fn out_of_turn(detail: &str) -> Error {
 }
 
 fn unix_ns() -> u64 {
-    let t = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
-    let s = u64::try_from(t.tv_sec).unwrap_or(0);
-    let ns = u64::try_from(t.tv_nsec).unwrap_or(0);
-    s.saturating_mul(1_000_000_000).saturating_add(ns)
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX))
 }
 
 #[cfg(test)]

@@ -1,0 +1,361 @@
+//! Real VMs under the real vmctl: a template built, restored, attached late, shut down; a cold
+//! boot that gives the same answer; a guest that speaks garbage.
+//!
+//! Needs artifacts: `cargo xtask image --out target/artifacts`, or a directory in
+//! `CASEMATE_ARTIFACTS`.
+#![allow(clippy::unwrap_used)]
+
+use api::agent::{IDENTITY_MAGIC, Up, VOLUME_OFFSET_BYTES};
+use api::mint::TokenState;
+use api::rpc::blocking::{call, read_frame};
+use api::rpc::{Reply, Request, VERSION, decode, encode};
+use api::vmctl::{Op, Status, VmState, WardenOp};
+use api::{Error, ErrorCode};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use seal::sign::{Signed, SigningKey};
+use serde_json::json;
+use std::io::{BufRead, BufReader, IoSlice, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+use vmm::qemu::{Accel, How, Net, Paths, Spec, argv};
+
+const WAIT: Duration = Duration::from_secs(150);
+const WS: &str = "ws_0123456789abcdef";
+const DISK_BYTES: u64 = (64 << 20) + VOLUME_OFFSET_BYTES;
+
+fn artifacts() -> PathBuf {
+    let dir = std::env::var_os("CASEMATE_ARTIFACTS").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/artifacts"),
+        PathBuf::from,
+    );
+    assert!(
+        dir.join("manifest.json").exists(),
+        "no artifacts in {}: run `cargo xtask image --out target/artifacts` as root",
+        dir.display()
+    );
+    dir
+}
+
+fn paths(memory: &Path) -> Paths {
+    let dir = artifacts();
+    let text = std::fs::read_to_string(dir.join("manifest.json")).unwrap();
+    let manifest: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let id = manifest["images"][0]["id"].as_str().unwrap();
+    Paths {
+        image: dir.join(format!("images/{id}.erofs")),
+        kernel: dir.join("kernel/vmlinux"),
+        initramfs: dir.join("kernel/initramfs.cpio"),
+        memory: memory.to_owned(),
+        firmware: dir.join("closure/usr/share/qemu"),
+    }
+}
+
+/// Starts `program` with `fds` as 3, 4, …; a shell moves them, since a child of ours can't without
+/// unsafe code.
+fn spawn(program: &Path, args: &[std::ffi::OsString], fds: &[Option<BorrowedFd<'_>>]) -> Child {
+    // Inheritable for a moment: no other test may start a program meanwhile.
+    static ONE: Mutex<()> = Mutex::new(());
+    let _one = ONE
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner);
+    let mut script = String::from("exec \"$@\"");
+    for (n, fd) in fds.iter().enumerate() {
+        if let Some(fd) = fd {
+            rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty()).unwrap();
+            // Out of the way of the numbers that are to be.
+            assert!(fd.as_raw_fd() > 6, "a low descriptor");
+            script.push_str(&format!(" {}<&{1} {1}<&-", n + 3, fd.as_raw_fd()));
+        }
+    }
+    let child = Command::new("/bin/bash")
+        .args(["-c", &script, "bash"])
+        .arg(program)
+        .args(args)
+        .spawn()
+        .unwrap();
+    for fd in fds.iter().flatten() {
+        rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::CLOEXEC).unwrap();
+    }
+    child
+}
+
+/// Lifts a descriptor above those that [`spawn`] hands out.
+fn high(fd: impl Into<OwnedFd>) -> OwnedFd {
+    rustix::io::fcntl_dupfd_cloexec(fd.into(), 20).unwrap()
+}
+
+/// A VMM, or a double of its guest, and a vmctl.
+struct Vm {
+    children: Vec<Child>,
+    dir: tempfile::TempDir,
+    /// The far end of the agent channel, where the guest is a double.
+    guest: Option<UnixStream>,
+    start: Instant,
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        for child in &mut self.children {
+            // Ended by itself is good.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+impl Vm {
+    /// `double`: the agent channel ends here, not in the VMM.
+    fn open(how: How, template: &Path, double: bool) -> Self {
+        let start = Instant::now();
+        let dir = tempfile::tempdir().unwrap();
+        let (qmp, qmp_far) = UnixStream::pair().unwrap();
+        let (agent, agent_far) = UnixStream::pair().unwrap();
+        let state = match how {
+            How::Template => Some(std::fs::File::open(template.join("state")).unwrap()),
+            How::Build => Some(std::fs::File::create(template.join("state")).unwrap()),
+            How::Cold => None,
+        };
+        let spec = Spec {
+            how,
+            memory_mib: 256,
+            cpus: 1,
+            accel: Accel::Tcg,
+            net: Net::Nowhere,
+            paths: paths(&template.join("memory")),
+        };
+        let (guest, agent_end) = if double {
+            (Some(agent_far), UnixStream::pair().unwrap().0)
+        } else {
+            (None, agent_far)
+        };
+        let ends = (high(qmp_far), high(agent_end), state.map(high));
+        let qemu = spawn(
+            Path::new("/usr/bin/qemu-system-x86_64"),
+            &argv(&spec),
+            &[
+                Some(ends.0.as_fd()),
+                Some(ends.1.as_fd()),
+                None,
+                ends.2.as_ref().map(AsFd::as_fd),
+            ],
+        );
+        let word = match how {
+            How::Template => "template",
+            How::Cold => "cold",
+            How::Build => "build",
+        };
+        let listen = |name: &str| high(UnixListener::bind(dir.path().join(name)).unwrap());
+        let ends = [high(qmp), high(agent), listen("host"), listen("warden")];
+        let ends: Vec<_> = ends.iter().map(|e| Some(e.as_fd())).collect();
+        let vmctl = spawn(
+            Path::new(env!("CARGO_BIN_EXE_casemate-vmctl")),
+            &["--slot", "1", "--how", word, "--host-uid", "0"].map(Into::into),
+            &ends,
+        );
+        Self {
+            children: vec![qemu, vmctl],
+            dir,
+            guest,
+            start,
+        }
+    }
+
+    fn ask<A: serde::de::DeserializeOwned>(&self, op: &Op) -> Result<A, Error> {
+        call(&self.dir.path().join("host"), "req_test", op, WAIT)
+    }
+
+    fn prepared(how: How, template: &Path) -> Self {
+        let vm = Self::open(how, template, false);
+        let status: Status = vm.ask(&Op::Prepare).unwrap();
+        assert_eq!(status.vm, VmState::Pooled);
+        println!("{how:?}: prepared in {:?}", vm.start.elapsed());
+        vm
+    }
+
+    fn disk(&self, path: &Path) {
+        let file = std::fs::File::options()
+            .read(true)
+            .write(true)
+            .custom_flags(i32::try_from(rustix::fs::OFlags::DIRECT.bits()).unwrap())
+            .open(path)
+            .unwrap();
+        let mut s = UnixStream::connect(self.dir.path().join("warden")).unwrap();
+        let request = encode(&Request {
+            v: VERSION,
+            id: 1,
+            request_id: "req_test".into(),
+            body: WardenOp::DiskFd {
+                size_bytes: DISK_BYTES,
+            },
+        })
+        .unwrap();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        let fds = [file.as_fd()];
+        assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+        let io = [IoSlice::new(&request)];
+        sendmsg(&s, &io, &mut control, SendFlags::empty()).unwrap();
+        s.set_read_timeout(Some(WAIT)).unwrap();
+        let frame = read_frame(&mut s).unwrap().unwrap();
+        let kept: bool = decode::<Reply<bool>>(&frame)
+            .unwrap()
+            .into_result()
+            .unwrap();
+        assert!(kept);
+    }
+
+    fn attach(&self, disk: &Path) -> Up {
+        self.disk(disk);
+        let start = Instant::now();
+        let attach = Box::new(api::agent::Attach {
+            time_unix_ns: 1_800_000_000_000_000_000,
+            config: config(),
+            token_state: token_state(),
+            ip: "10.117.0.3".into(),
+            prefix: 16,
+            gateway: "10.117.0.1".into(),
+        });
+        let up = self.ask(&Op::Attach {
+            attach,
+            wait_ms: 60_000,
+        });
+        println!("attach to up: {:?}", start.elapsed());
+        up.unwrap()
+    }
+}
+
+fn key(n: u8) -> SigningKey {
+    SigningKey::from_seed(&[n; 32])
+}
+
+fn config() -> String {
+    json!({"workspace": WS, "hostname": "box", "env": [], "cmd": []}).to_string()
+}
+
+fn token_state() -> String {
+    let state = TokenState {
+        workspace: WS.parse().unwrap(),
+        account: "acct_0123456789abcdef".parse().unwrap(),
+        epoch: 1,
+        raw_hash: String::new(),
+        enabled: true,
+        gone: false,
+        identity_pub: key(3).public().to_hex(),
+        seq: 1,
+    };
+    Signed::new(&key(1), api::context::TOKEN_STATE, &state).to_string()
+}
+
+/// An identity block and an empty ext4, in the clear.
+fn disk(dir: &Path) -> PathBuf {
+    let (disk, volume) = (dir.join("disk"), dir.join("volume"));
+    let file = std::fs::File::create(&disk).unwrap();
+    file.set_len(DISK_BYTES).unwrap();
+    std::fs::File::create(&volume)
+        .unwrap()
+        .set_len(DISK_BYTES - VOLUME_OFFSET_BYTES)
+        .unwrap();
+    let status = Command::new("mkfs.ext4")
+        .args(["-q", "-b", "4096"])
+        .arg(&volume)
+        .status()
+        .unwrap();
+    assert!(status.success());
+    let bytes = std::fs::read(&volume).unwrap();
+    file.write_all_at(&bytes, VOLUME_OFFSET_BYTES).unwrap();
+    std::fs::remove_file(&volume).unwrap();
+    let block = json!({
+        "workspace": WS, "start_id": "st_0123456789abcdef", "seed": "ab".repeat(64),
+        "identity_seed": "03".repeat(32),
+        "config_digest": hex::encode(seal::hash::sha256(config().as_bytes())),
+        "mint_key": key(1).public().to_hex(), "gateway_key": key(2).public().to_hex(),
+        "edge_key": key(4).public().to_hex(),
+    })
+    .to_string();
+    let mut area = IDENTITY_MAGIC.to_vec();
+    area.extend_from_slice(&u32::try_from(block.len()).unwrap().to_be_bytes());
+    area.extend_from_slice(block.as_bytes());
+    file.write_all_at(&area, 0).unwrap();
+    disk
+}
+
+/// A template in `dir`, as warden leaves it.
+fn template(dir: &Path) {
+    let vm = Vm::prepared(How::Build, dir);
+    assert!(vm.ask::<bool>(&Op::Save).unwrap());
+    assert_eq!(
+        vm.ask::<Status>(&Op::Status).unwrap().reason.as_deref(),
+        Some("saved")
+    );
+    let read_only = std::os::unix::fs::PermissionsExt::from_mode(0o444);
+    std::fs::set_permissions(dir.join("memory"), read_only).unwrap();
+}
+
+fn digest(path: &Path) -> [u8; 32] {
+    seal::hash::sha256(&std::fs::read(path).unwrap())
+}
+
+#[test]
+fn template_and_cold_boot_give_the_same_workspace() {
+    let dir = tempfile::tempdir().unwrap();
+    template(dir.path());
+    let before = digest(&dir.path().join("memory"));
+    let disk = disk(dir.path());
+    let mut answers = Vec::new();
+    for how in [How::Template, How::Cold, How::Template] {
+        let vm = Vm::prepared(how, dir.path());
+        let up = vm.attach(&disk);
+        let paused: Status = vm.ask(&Op::Pause).unwrap();
+        assert_eq!(paused.vm, VmState::Paused);
+        let running: Status = vm.ask(&Op::Resume).unwrap();
+        assert_eq!(running.vm, VmState::Running);
+        let end: Status = vm.ask(&Op::Shutdown { grace_ms: 30_000 }).unwrap();
+        assert_eq!(end.reason.as_deref(), Some("shutdown"));
+        answers.push((up, end));
+    }
+    assert_eq!(answers[0], answers[1]);
+    assert_eq!(answers[0], answers[2]);
+    assert_eq!(
+        before,
+        digest(&dir.path().join("memory")),
+        "the template was written to"
+    );
+}
+
+#[test]
+fn a_guest_that_speaks_garbage_and_one_that_is_lost() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut vm = Vm::open(How::Cold, dir.path(), true);
+    let mut guest = vm.guest.take().unwrap();
+    let double = std::thread::spawn(move || {
+        guest
+            .write_all(b"{\"type\":\"booted\",\"version\":\"0\"}\n")
+            .unwrap();
+        let mut line = String::new();
+        let mut reader = BufReader::new(guest.try_clone().unwrap());
+        reader.read_line(&mut line).unwrap();
+        assert_eq!(line, "{\"type\":\"rehearse\"}\n");
+        guest.write_all(b"\x00\xff{{{\n").unwrap();
+        line
+    });
+    let e = vm.ask::<Status>(&Op::Prepare).unwrap_err();
+    assert_eq!(e.code, ErrorCode::BadGateway, "{e:?}");
+    double.join().unwrap();
+    let status: Status = vm.ask(&Op::Status).unwrap();
+    assert_eq!(status.reason.as_deref(), Some("failed"));
+
+    // A VMM that is killed is noticed, and vmctl stays to say so.
+    let mut vm = Vm::prepared(How::Cold, dir.path());
+    vm.children[0].kill().unwrap();
+    vm.children[0].wait().unwrap();
+    let e = vm.ask::<Status>(&Op::Resume).unwrap_err();
+    assert_eq!(e.code, ErrorCode::Conflict);
+    let status: Status = vm.ask(&Op::Status).unwrap();
+    assert_eq!(status.reason.as_deref(), Some("lost"));
+}
