@@ -8,6 +8,7 @@
 
 use crate::limits::{TEMPLATE_RETRY_AFTER, TEMPLATES_WANTED_MAX};
 use crate::peers::Peers;
+use api::vmctl::VmState;
 use api::warden::{ImageId, Start, VmOpened};
 use api::{Error, ErrorCode};
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
@@ -90,21 +91,13 @@ impl Fleet {
     /// # Errors
     /// [`ErrorCode::VmUnavailable`] if no more may run, or warden's error.
     pub async fn claim(&self, shape: &Shape) -> api::Result<Spare> {
-        let pooled = {
-            let mut inner = self.lock();
-            if inner.running.len() >= usize::from(self.bounds.max_running) {
-                return Err(full());
+        while let Some(spare) = self.pool_take(shape)? {
+            self.wake.notify_one();
+            if matches!(self.peers.vm_status(spare.slot).await, Ok(s) if s.vm == VmState::Pooled) {
+                return Ok(spare);
             }
-            let at = inner.pool.iter().position(|(s, _)| s == shape);
-            let pooled = at.map(|i| inner.pool.swap_remove(i).1);
-            if let Some(spare) = &pooled {
-                inner.running.insert(spare.slot);
-            }
-            pooled
-        };
-        self.wake.notify_one();
-        if let Some(spare) = pooled {
-            return Ok(spare);
+            tracing::warn!(slot = spare.slot, "a pooled VM is not what it was");
+            self.close_some_time(spare.slot).await;
         }
         let how = if self.lock().templates.contains(shape) {
             Start::Template
@@ -112,15 +105,13 @@ impl Fleet {
             self.want_template(shape);
             Start::Cold
         };
-        let spare = match self.open(shape, how).await {
+        match self.open(shape, how, true).await {
             Err(e) if how == Start::Template => {
                 tracing::warn!(error = %e, detail = e.detail, "restore failed, booting cold");
-                self.open(shape, Start::Cold).await?
+                self.open(shape, Start::Cold, true).await
             }
-            other => other?,
-        };
-        self.lock().running.insert(spare.slot);
-        Ok(spare)
+            other => other,
+        }
     }
 
     /// Ends what is on a slot and frees it. Idempotent.
@@ -180,6 +171,19 @@ impl Fleet {
     pub fn pool_size(&self) -> (u32, u32) {
         let ready = u32::try_from(self.lock().pool.len()).unwrap_or(u32::MAX);
         (ready, self.bounds.pool_size)
+    }
+
+    /// Closes a pooled VM that died, unless a workspace took it meanwhile.
+    pub(crate) async fn spare_drop(&self, slot: u16) {
+        let pooled = {
+            let mut inner = self.lock();
+            let before = inner.pool.len();
+            inner.pool.retain(|(_, s)| s.slot != slot);
+            inner.pool.len() < before
+        };
+        if pooled {
+            self.close_some_time(slot).await;
+        }
     }
 
     /// Whether fewer VMs are pooled than wanted.
@@ -245,7 +249,7 @@ impl Fleet {
     }
 
     async fn refill(&self, shape: Shape) -> bool {
-        match self.open(&shape, Start::Template).await {
+        match self.open(&shape, Start::Template, false).await {
             Ok(spare) => {
                 let from = "pool";
                 self.lock().pool.push((shape, Spare { from, ..spare }));
@@ -259,7 +263,7 @@ impl Fleet {
     }
 
     async fn build(&self, shape: &Shape) -> api::Result<()> {
-        let slot = self.slot_take()?;
+        let slot = self.slot_take(false)?;
         let built = async {
             self.peers.vm_open(slot, Start::Build, shape).await?;
             self.peers.vm_prepare(slot).await?;
@@ -272,9 +276,10 @@ impl Fleet {
         built.map(drop)
     }
 
-    /// Opens a VM and brings it to the point where a disk may be attached.
-    async fn open(&self, shape: &Shape, how: Start) -> api::Result<Spare> {
-        let slot = self.slot_take()?;
+    /// Opens a VM and brings it to the point where a disk may be attached; for a workspace, or
+    /// for the pool.
+    async fn open(&self, shape: &Shape, how: Start, runs: bool) -> api::Result<Spare> {
+        let slot = self.slot_take(runs)?;
         let opened = async {
             let net = self.peers.vm_open(slot, how, shape).await?;
             self.peers.vm_prepare(slot).await?;
@@ -309,6 +314,20 @@ impl Fleet {
         }
     }
 
+    /// Takes a pooled VM for a workspace, if there is one of its shape.
+    fn pool_take(&self, shape: &Shape) -> api::Result<Option<Spare>> {
+        let mut inner = self.lock();
+        if inner.running.len() >= usize::from(self.bounds.max_running) {
+            return Err(full());
+        }
+        let at = inner.pool.iter().position(|(s, _)| s == shape);
+        let spare = at.map(|i| inner.pool.swap_remove(i).1);
+        if let Some(spare) = &spare {
+            inner.running.insert(spare.slot);
+        }
+        Ok(spare)
+    }
+
     fn want_template(&self, shape: &Shape) {
         let mut inner = self.lock();
         if inner.wanted.len() < TEMPLATES_WANTED_MAX && !inner.wanted.contains(shape) {
@@ -334,8 +353,11 @@ impl Fleet {
         inner.not_before.insert(shape, later);
     }
 
-    fn slot_take(&self) -> api::Result<u16> {
+    fn slot_take(&self, runs: bool) -> api::Result<u16> {
         let mut inner = self.lock();
+        if runs && inner.running.len() >= usize::from(self.bounds.max_running) {
+            return Err(full());
+        }
         // Running ones, the pool, a refill and a build.
         let most = usize::from(self.bounds.max_running) + self.bounds.pool_size as usize + 2;
         let most = most.min(usize::from(model::limits::SLOTS_MAX));
@@ -349,6 +371,9 @@ impl Fleet {
             .ok_or_else(full)?;
         inner.next = (slot + 1) % all;
         inner.used.insert(slot);
+        if runs {
+            inner.running.insert(slot);
+        }
         Ok(slot)
     }
 

@@ -278,26 +278,35 @@ impl Host {
             tokio::time::sleep(WATCH_EVERY).await;
             self.pool_shape();
             self.forget_deleted();
+            // What we believe first, then what is so: whatever is in the first must be in the
+            // second, unless it went away.
+            let spares = self.shared.fleet.spare_slots();
+            let places: Vec<_> = self
+                .lock()
+                .iter()
+                .filter_map(|(id, e)| Some((id.clone(), place(&e.handle)?)))
+                .collect();
             match self.shared.peers.status().await {
-                Ok(status) => self.look(&status, &mut silent).await,
+                Ok(status) => self.look(&status, spares, places, &mut silent).await,
                 Err(e) => tracing::warn!(error = %e, detail = e.detail, "warden does not answer"),
             }
         }
     }
 
-    async fn look(&self, status: &api::warden::Status, silent: &mut HashMap<u16, u32>) {
+    async fn look(
+        &self,
+        status: &api::warden::Status,
+        spares: Vec<u16>,
+        places: Vec<(WorkspaceId, Place)>,
+        silent: &mut HashMap<u16, u32>,
+    ) {
         self.note_templates(status);
         let slots: HashMap<u16, &Slot> = status.slots.iter().map(|s| (s.slot, s)).collect();
-        for slot in self.shared.fleet.spare_slots() {
+        for slot in spares {
             if slots.get(&slot).is_none_or(|s| s.state == SlotState::Dead) {
-                self.shared.fleet.close_some_time(slot).await;
+                self.shared.fleet.spare_drop(slot).await;
             }
         }
-        let places: Vec<_> = self
-            .lock()
-            .iter()
-            .filter_map(|(id, e)| Some((id.clone(), place(&e.handle)?)))
-            .collect();
         silent.retain(|slot, _| places.iter().any(|(_, p)| p.slot == *slot));
         for (id, place) in places {
             let there = slots.get(&place.slot).is_some_and(|s| {

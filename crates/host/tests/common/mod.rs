@@ -52,7 +52,7 @@ pub struct State {
 pub struct Doubles {
     paths: Paths,
     state: Mutex<State>,
-    changed: watch::Sender<u64>,
+    stop: watch::Sender<bool>,
 }
 
 impl Doubles {
@@ -61,10 +61,8 @@ impl Doubles {
     }
 
     fn serve(self: &Arc<Self>) {
-        let (stop, stopped) = watch::channel(false);
-        std::mem::forget(stop);
-        self.process("warden", "warden", "warden", stopped.clone());
-        self.process("kms", "kms", "kms", stopped);
+        self.process("warden", "warden", "warden", self.stop.subscribe());
+        self.process("kms", "kms", "kms", self.stop.subscribe());
     }
 
     fn process(
@@ -110,7 +108,6 @@ impl Doubles {
         if !name.ends_with(".status") {
             self.state().asked.push(name.to_owned());
         }
-        self.changed.send_modify(|n| *n += 1);
     }
 
     fn warden(self: &Arc<Self>, op: warden::Op) -> api::Result<Value> {
@@ -339,7 +336,7 @@ impl World {
         let doubles = Arc::new(Doubles {
             paths: paths.clone(),
             state: Mutex::default(),
-            changed: watch::Sender::new(0),
+            stop: watch::Sender::new(false),
         });
         doubles.serve();
         let mut config = Config::default();
