@@ -126,9 +126,15 @@ pub fn tap_create(network: Network, slot: u16) -> Result<OwnedFd> {
 /// # Errors
 /// The setting that could not be written.
 pub fn tap_forward(slot: u16, on: bool) -> Result {
-    for key in ["forwarding", "proxy_arp"] {
-        let path = format!("/proc/sys/net/ipv4/conf/{}/{key}", tap_name(slot));
-        std::fs::write(&path, if on { "1" } else { "0" }).at("set", path)?;
+    let (name, on) = (tap_name(slot), if on { "1" } else { "0" });
+    for (key, value) in [
+        (format!("conf/{name}/forwarding"), on),
+        (format!("conf/{name}/proxy_arp"), on),
+        // Answers at once, not after up to 0.8 s.
+        (format!("neigh/{name}/proxy_delay"), "0"),
+    ] {
+        let path = format!("/proc/sys/net/ipv4/{key}");
+        std::fs::write(&path, value).at("set", path)?;
     }
     Ok(())
 }

@@ -1,0 +1,227 @@
+//! The firewall, with packets: each guest is a network namespace behind a tap of its own. Needs
+//! root.
+#![allow(clippy::unwrap_used, unsafe_code, missing_docs)]
+
+mod world;
+
+use api::warden::{Open, Source};
+use rustix::fd::{AsRawFd, OwnedFd};
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::process::Command;
+use std::sync::mpsc::{Sender, channel};
+use std::time::Duration;
+use warden::net::{mac, mac_text, tap_create, tap_forward};
+use warden::nft::Nft;
+use world::*;
+
+/// How long "no answer" is waited for: everything here is one machine's memory.
+const SILENCE: Duration = Duration::from_millis(400);
+
+#[test]
+fn nothing_passes_but_an_open_triple() {
+    in_netns(|| {
+        let mut nft = Nft::open(network(), EDGE_UID).unwrap();
+        nft.rebuild(&[]).unwrap();
+        let guest = Guest::new(&mut nft, 3);
+        let to = SocketAddr::new(guest.ip.into(), 9991);
+        guest.serve(9991);
+        guest.serve(22);
+        assert!(!dial(EDGE_UID, to), "closed by default");
+        let (dropped, _) = nft.dropped(3).unwrap();
+        assert!(dropped > 0);
+        nft.open_set(3, &[], &[edge(9991)]).unwrap();
+        assert!(dial(EDGE_UID, to));
+        for stranger in [0, HOST_UID, 900_003] {
+            assert!(!dial(stranger, to), "uid {stranger} with the edge's address");
+        }
+        assert!(!dial(EDGE_UID, SocketAddr::new(guest.ip.into(), 22)), "another port");
+
+        // Closing cuts what is under way, in both directions.
+        let mut live = as_uid(EDGE_UID, move || TcpStream::connect_timeout(&to, SOON).unwrap());
+        live.set_read_timeout(Some(SOON)).unwrap();
+        let mut echo = [0u8; 4];
+        live.write_all(b"ping").unwrap();
+        live.read_exact(&mut echo).unwrap();
+        nft.open_set(3, &[edge(9991)], &[]).unwrap();
+        live.set_read_timeout(Some(SILENCE)).unwrap();
+        live.write_all(b"ping").unwrap();
+        assert!(live.read_exact(&mut echo).is_err_and(|e| e.kind() == ErrorKind::WouldBlock));
+        // And opening again mends it.
+        nft.open_set(3, &[], &[edge(9991)]).unwrap();
+        live.set_read_timeout(Some(SOON)).unwrap();
+        live.read_exact(&mut echo).unwrap();
+
+        // A rebuild, as after a restart, keeps what it is told and nothing else.
+        nft.rebuild(&[(3, vec![])]).unwrap();
+        assert!(!dial(EDGE_UID, to));
+        nft.rebuild(&[(3, vec![edge(9991)])]).unwrap();
+        assert!(dial(EDGE_UID, to));
+        nft.slot_remove(3, &[edge(9991)]).unwrap();
+        nft.slot_remove(3, &[edge(9991)]).unwrap();
+        assert!(!dial(EDGE_UID, to));
+    });
+}
+
+#[test]
+fn a_guest_reaches_nobody_by_itself_or_under_another_name() {
+    in_netns(|| {
+        let mut nft = Nft::open(network(), EDGE_UID).unwrap();
+        nft.rebuild(&[]).unwrap();
+        let (one, two) = (Guest::new(&mut nft, 1), Guest::new(&mut nft, 2));
+        nft.open_set(1, &[], &[edge(9991)]).unwrap();
+        two.serve(80);
+        let gateway = network().gateway();
+        let host = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
+        let port = host.local_addr().unwrap().port();
+        // The other guest is not even to be found: nobody answers ARP for it.
+        for to in [(gateway, port), (two.ip, 80)] {
+            assert!(!one.run(move || TcpStream::connect_timeout(&to.into(), SILENCE).is_ok()), "{to:?}");
+        }
+        until("the drop is counted", || nft.dropped(1).unwrap().1 > 0);
+        // From the port that the edge may reach, to anybody: an answer to nothing.
+        let from = (one.ip, 9991);
+        let heard = UdpSocket::bind((gateway, 0)).unwrap();
+        heard.set_read_timeout(Some(SILENCE)).unwrap();
+        let to = heard.local_addr().unwrap();
+        one.run(move || UdpSocket::bind(from).unwrap().send_to(b"x", to).map(drop)).unwrap();
+        assert!(heard.recv(&mut [0; 8]).is_err());
+
+        // Spoofed: another address, then another hardware address.
+        for change in ["addr add 10.117.0.77/16 dev eth0", "link set eth0 address 02:00:0a:75:00:04"] {
+            let before = nft.dropped(1).unwrap().1;
+            let from: Ipv4Addr = if change.starts_with("addr") { [10, 117, 0, 77].into() } else { one.ip };
+            one.run(move || {
+                ip(change);
+                // The address of the gateway is known, so that a packet does leave.
+                ip(&format!("neigh replace {gateway} lladdr {} dev eth0", mac_text(mac(gateway))));
+                UdpSocket::bind((from, 0)).unwrap().send_to(b"x", to).unwrap();
+            });
+            until("the drop is counted", || nft.dropped(1).unwrap().1 > before);
+            assert!(heard.recv(&mut [0; 8]).is_err(), "{change}");
+        }
+    });
+}
+
+#[test]
+fn guests_meet_by_a_triple_of_theirs_alone() {
+    in_netns(|| {
+        let mut nft = Nft::open(network(), EDGE_UID).unwrap();
+        nft.rebuild(&[]).unwrap();
+        let (one, two) = (Guest::new(&mut nft, 1), Guest::new(&mut nft, 2));
+        for guest in [&one, &two] {
+            guest.serve(9990);
+            guest.serve(80);
+        }
+        let link = [Open { source: Source::Slot(1), port: 9990 }];
+        for slot in [1, 2] {
+            tap_forward(slot, true).unwrap();
+        }
+        let reach = |from: &Guest, to: &Guest, port: u16| {
+            let to = SocketAddr::new(to.ip.into(), port);
+            from.run(move || TcpStream::connect_timeout(&to, SILENCE).is_ok())
+        };
+        assert!(!reach(&one, &two, 9990));
+        nft.open_set(2, &[], &link).unwrap();
+        assert!(reach(&one, &two, 9990));
+        assert!(!reach(&one, &two, 80), "another port");
+        assert!(!reach(&two, &one, 9990), "the other way");
+        nft.open_set(2, &link, &[]).unwrap();
+        assert!(!reach(&one, &two, 9990));
+    });
+}
+
+/// Whether `uid` gets a connection from the fabric.
+fn dial(uid: u32, to: SocketAddr) -> bool {
+    as_uid(uid, move || TcpStream::connect_timeout(&to, SILENCE).is_ok())
+}
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// A network namespace whose `eth0` is wired to a slot's tap.
+struct Guest {
+    ip: Ipv4Addr,
+    jobs: Sender<Job>,
+}
+
+impl Guest {
+    fn new(nft: &mut Nft, slot: u16) -> Self {
+        let tap = tap_create(network(), slot).unwrap();
+        nft.slot_add(slot).unwrap();
+        let (ip_address, gateway) = (network().guest(slot), network().gateway());
+        let (jobs, todo) = channel::<Job>();
+        let (made, eth) = channel();
+        std::thread::spawn(move || {
+            // SAFETY: unshares the network namespace of this thread alone.
+            assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNET) }, 0);
+            let eth = tun("eth0");
+            ip(&format!("link set eth0 address {}", mac_text(mac(ip_address))));
+            ip(&format!("addr add {ip_address}/16 dev eth0"));
+            ip("link set eth0 up");
+            ip(&format!("route add default via {gateway}"));
+            made.send(eth).unwrap();
+            todo.into_iter().for_each(|job| job());
+        });
+        wire(tap, eth.recv().unwrap());
+        Self { ip: ip_address, jobs }
+    }
+
+    fn run<T: Send + 'static>(&self, f: impl FnOnce() -> T + Send + 'static) -> T {
+        let (tx, rx) = channel();
+        self.jobs.send(Box::new(move || drop(tx.send(f())))).unwrap();
+        rx.recv_timeout(SOON).unwrap()
+    }
+
+    /// Echoes on a port.
+    fn serve(&self, port: u16) {
+        let listener = self.run(move || TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).unwrap());
+        std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                std::thread::spawn(move || {
+                    let mut back = stream.try_clone().unwrap();
+                    let _ = std::io::copy(&mut &stream, &mut back);
+                });
+            }
+        });
+    }
+}
+
+/// Carries frames both ways, as a VMM does.
+fn wire(a: OwnedFd, b: OwnedFd) {
+    let (a2, b2) = (a.try_clone().unwrap(), b.try_clone().unwrap());
+    for (from, to) in [(a, b), (b2, a2)] {
+        std::thread::spawn(move || {
+            let mut frame = vec![0u8; 70_000];
+            loop {
+                while !warden::process::readable(rustix::fd::AsFd::as_fd(&from), SOON) {}
+                match rustix::io::read(&from, &mut frame) {
+                    Ok(n) => drop(rustix::io::write(&to, &frame[..n])),
+                    Err(rustix::io::Errno::AGAIN) => {}
+                    Err(_) => return,
+                }
+            }
+        });
+    }
+}
+
+fn tun(name: &str) -> OwnedFd {
+    use rustix::fs::{Mode, OFlags};
+    let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let tap = rustix::fs::open("/dev/net/tun", flags, Mode::empty()).unwrap();
+    // SAFETY: all-zero is a valid ifreq.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from.cast_signed();
+    }
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    request.ifr_ifru.ifru_flags = flags.try_into().unwrap();
+    // SAFETY: TUNSETIFF reads and writes one ifreq, which outlives the call.
+    let done = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
+    assert_eq!(done, 0);
+    tap
+}
+
+fn ip(args: &str) {
+    let out = Command::new("ip").args(args.split(' ')).output().unwrap();
+    assert!(out.status.success(), "ip {args}: {}", String::from_utf8_lossy(&out.stderr));
+}
