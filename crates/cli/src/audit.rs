@@ -248,8 +248,10 @@ fn print(reports: &[(Class, Report)]) {
             n => format!("{n} faults"),
         };
         println!(
-            "{class:<10} {size:>10} {:>10} {:>9}  {last:<24} {verdict}",
-            r.entries, r.accounts
+            "{:<10} {size:>10} {:>10} {:>9}  {last:<24} {verdict}",
+            class.name(),
+            r.entries,
+            r.accounts
         );
     }
     for (class, r) in reports {

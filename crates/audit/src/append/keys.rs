@@ -8,6 +8,8 @@ use seal::hpke::PublicKey;
 use serde::{Deserialize, Serialize};
 use service::files::{read_bounded, write_atomic};
 use std::collections::{BTreeMap, HashMap};
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use tlog::class::Class;
 
@@ -57,6 +59,7 @@ impl Keys {
         }
         let accounts = keys.accounts_dir();
         std::fs::create_dir_all(&accounts)
+            .and_then(|()| std::fs::set_permissions(&accounts, Permissions::from_mode(0o700)))
             .with_context(|| format!("make {}", accounts.display()))?;
         for entry in std::fs::read_dir(&accounts)? {
             let entry = entry?;
