@@ -66,7 +66,8 @@ pub enum VmState {
 pub struct Status {
     /// How far the VM is.
     pub vm: VmState,
-    /// Why it exited, if it did: `shutdown`, `panic`, `reset`, `lost`.
+    /// Why it exited, if it did: `shutdown`, `panic`, `reset`, `lost`, `failed` (to come up),
+    /// `saved` (a template).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
 }
