@@ -6,7 +6,7 @@
 //! - Every API call leaves a fact in the class `api`: method, route, status, latency, caller.
 //!   Never a body, a query or a name that a client chose.
 
-use crate::limits::{API_ENTRIES_IN_FLIGHT_MAX, API_ENTRIES_QUEUED_MAX};
+use crate::limits::{API_ENTRIES_IN_FLIGHT_MAX, API_ENTRIES_QUEUED_MAX, CLOSING_LOG_WAIT};
 use crate::op::{Actor, Op};
 use crate::spool::Spool;
 use api::Error;
@@ -164,7 +164,10 @@ impl Audit {
     }
 
     async fn append_or_spool(&self, entry: Entry) {
-        if self.log.append(Class::Host, entry.clone()).await.is_err() {
+        let append = self.log.append(Class::Host, entry.clone());
+        // A log that answers too late has the entry twice, which does no harm.
+        let appended = tokio::time::timeout(CLOSING_LOG_WAIT, append).await;
+        if !matches!(appended, Ok(Ok(_))) {
             self.spool.put(Class::Host, entry).await;
         }
     }

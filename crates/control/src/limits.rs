@@ -64,6 +64,8 @@ pub const RECONCILE_GAP: Duration = Duration::from_millis(100);
 /// How long a call for news waits at host, ms.
 pub const NEWS_WAIT_MS: u64 = 25_000;
 
+/// How long a closing act waits for the log before its entry goes to the spool.
+pub const CLOSING_LOG_WAIT: Duration = Duration::from_secs(2);
 /// Bytes set aside for entries of closing acts while the log is away.
 pub const SPOOL_MAX_BYTES: u64 = 16 << 20;
 /// Entries of API calls on their way to the log.

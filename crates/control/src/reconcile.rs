@@ -3,7 +3,7 @@
 //!
 //! What it does by itself it does under the owner's standing policy, or to close something.
 
-use crate::app::removal::{self, Removed};
+use crate::app::removal;
 use crate::app::{App, power};
 use crate::audit::Act;
 use crate::limits::{
@@ -101,15 +101,8 @@ pub async fn converge(app: &Arc<App>) {
 async fn one(app: &Arc<App>, w: &Workspace, kms_sealed: &mut Option<bool>) -> api::Result<()> {
     match w.doc.stage {
         // Nobody works on it: the process that did is gone.
-        Stage::Creating => {
-            let op = Op::internal("reconcile.create");
-            removal::unwind(app, &op, w, false).await;
-            return Ok(());
-        }
-        Stage::Deleting => {
-            if let Removed::Gone(_) = removal::resume(app, w).await? {
-                tracing::info!(workspace = %w.id, "deletion finished");
-            }
+        Stage::Creating | Stage::Deleting => {
+            removal_start(app, w);
             return Ok(());
         }
         Stage::Ready => {}
@@ -124,6 +117,26 @@ async fn one(app: &Arc<App>, w: &Workspace, kms_sealed: &mut Option<bool>) -> ap
         }
         _ => push(app, w).await,
     }
+}
+
+/// Goes on with a deletion, or takes a creation back, beside everything else: a machine that is
+/// away holds up no other workspace.
+fn removal_start(app: &Arc<App>, w: &Workspace) {
+    let busy = app.busy_quietly(&w.id);
+    let (app, w) = (Arc::clone(app), w.clone());
+    tokio::spawn(async move {
+        let _busy = busy;
+        if w.doc.stage == Stage::Creating {
+            removal::unwind(&app, &Op::internal("reconcile.create"), &w, false).await;
+            return;
+        }
+        match removal::resume(&app, &w).await {
+            Ok(_) => tracing::info!(workspace = %w.id, "deletion finished"),
+            Err(e) => {
+                tracing::warn!(workspace = %w.id, error = %e, detail = e.detail, "deletion waits");
+            }
+        }
+    });
 }
 
 /// Tells host what it missed.
@@ -195,7 +208,7 @@ async fn ended(
 
 async fn restart(app: &Arc<App>, w: &Workspace, policy: &str, free: bool) -> api::Result<()> {
     let op = Op::internal("restart");
-    let _busy = app.busy(&w.id);
+    let _busy = app.busy_quietly(&w.id);
     let mut act = Act::new("workspace.restart", &w.account, w.id.as_str());
     act.policy = Some(policy);
     let lease = app.lease_new(&w.id, &w.doc.host, &w.doc.config);

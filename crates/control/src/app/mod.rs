@@ -72,6 +72,7 @@ pub struct Peers {
 pub struct Busy {
     app: Arc<App>,
     id: WorkspaceId,
+    wakes: bool,
 }
 
 impl Drop for Busy {
@@ -84,7 +85,9 @@ impl Drop for Busy {
             }
         }
         drop(busy);
-        self.app.wake.notify_one();
+        if self.wakes {
+            self.app.wake.notify_one();
+        }
     }
 }
 
@@ -121,14 +124,26 @@ impl App {
         self.clock.now_ms()
     }
 
-    /// Marks a workspace as being worked on until the guard is dropped.
+    /// Marks a workspace as being worked on by a request until the guard is dropped, which wakes
+    /// the reconciler.
     #[must_use]
     pub fn busy(self: &Arc<Self>, id: &WorkspaceId) -> Busy {
+        self.busy_with(id, true)
+    }
+
+    /// The same, for the reconciler's own work: what failed waits for its next round.
+    #[must_use]
+    pub fn busy_quietly(self: &Arc<Self>, id: &WorkspaceId) -> Busy {
+        self.busy_with(id, false)
+    }
+
+    fn busy_with(self: &Arc<Self>, id: &WorkspaceId, wakes: bool) -> Busy {
         let mut busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
         *busy.entry(id.clone()).or_default() += 1;
         Busy {
             app: Arc::clone(self),
             id: id.clone(),
+            wakes,
         }
     }
 

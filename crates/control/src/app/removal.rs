@@ -63,7 +63,7 @@ pub async fn workspace_delete(app: &Arc<App>, op: &Op, name: &str) -> api::Resul
 /// What keeps it from being done now.
 pub async fn workspace_expire(app: &Arc<App>, w: &Workspace) -> api::Result<Removed> {
     let op = Op::internal("expire");
-    let _busy = app.busy(&w.id);
+    let _busy = app.busy_quietly(&w.id);
     let policy = w.doc.policy.clone();
     let mut act = Act::new("workspace.delete", &w.account, w.id.as_str());
     act.policy = policy.as_deref();
@@ -81,7 +81,7 @@ pub async fn workspace_expire(app: &Arc<App>, w: &Workspace) -> api::Result<Remo
 /// # Errors
 /// What keeps it from being done now.
 pub async fn resume(app: &Arc<App>, w: &Workspace) -> api::Result<Removed> {
-    let _busy = app.busy(&w.id);
+    let _busy = app.busy_quietly(&w.id);
     let mut op = Op::internal("reconcile.delete");
     if let Some(d) = &w.doc.deletion {
         op.request_id.clone_from(&d.request_id);
