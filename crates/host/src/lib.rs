@@ -86,11 +86,30 @@ pub async fn run(
     }
     let metrics = metrics(Arc::clone(&shared), paths)?;
     let tasks = tokio::spawn(Arc::clone(&host).run(stop.clone()));
-    let answer = move |peer, _request_id, op| Arc::clone(&host).handle(peer, op);
+    let stopping = stop.clone();
+    let answer = move |peer, _request_id, op: api::host::Op| {
+        let (host, mut stopping) = (Arc::clone(&host), stopping.clone());
+        async move {
+            // Who waits for news is not waited for.
+            let waits = matches!(op, api::host::Op::Changes { .. });
+            tokio::select! {
+                biased;
+                answer = host.handle(peer, op) => answer,
+                () = stopped(&mut stopping), if waits => Err(api::Error::new(
+                    api::ErrorCode::Unavailable,
+                    "host is stopping; ask again",
+                )),
+            }
+        }
+    };
     service::rpc::serve(listener, uids, PEERS, stop, answer).await;
     tasks.await.context("background tasks")?;
     metrics.abort();
     Ok(())
+}
+
+async fn stopped(stop: &mut watch::Receiver<bool>) {
+    let _ = stop.wait_for(|s| *s).await;
 }
 
 /// Gauges of what runs, refreshed every few seconds.
