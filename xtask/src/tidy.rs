@@ -43,14 +43,23 @@ pub fn run(root: &Path) -> anyhow::Result<()> {
 /// I-1: no daemon depends on another, and the vocabulary has a direction.
 fn crates(root: &Path, faults: &mut Vec<String>) -> anyhow::Result<()> {
     let out = Command::new("cargo")
-        .args(["metadata", "--no-deps", "--format-version", "1", "--offline"])
+        .args([
+            "metadata",
+            "--no-deps",
+            "--format-version",
+            "1",
+            "--offline",
+        ])
         .current_dir(root)
         .output()
         .context("run cargo metadata")?;
     let metadata: serde_json::Value = serde_json::from_slice(&out.stdout)?;
     let short = |name: &str| name.strip_prefix("casemate-").unwrap_or(name).to_owned();
     let vocabulary: BTreeMap<&str, &[&str]> = VOCABULARY.iter().copied().collect();
-    for package in metadata["packages"].as_array().context("cargo metadata: no packages")? {
+    for package in metadata["packages"]
+        .as_array()
+        .context("cargo metadata: no packages")?
+    {
         let name = short(package["name"].as_str().unwrap_or_default());
         // The command line and the project's own tasks may look at anything.
         if name == "xtask" {
@@ -97,10 +106,15 @@ fn invariants(root: &Path, files: &[PathBuf], faults: &mut Vec<String>) -> anyho
         .filter_map(|l| l.strip_prefix("- **I-")?.split("**").next()?.parse().ok())
         .collect();
     let mut tested = BTreeSet::new();
-    for file in files.iter().filter(|f| f.extension().is_some_and(|e| e == "rs")) {
+    for file in files
+        .iter()
+        .filter(|f| f.extension().is_some_and(|e| e == "rs"))
+    {
         let source = std::fs::read_to_string(root.join(file))?;
         for line in source.lines() {
-            let Some(rest) = line.trim_start().split("fn i").nth(1) else { continue };
+            let Some(rest) = line.trim_start().split("fn i").nth(1) else {
+                continue;
+            };
             let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
             if rest[digits.len()..].starts_with('_')
                 && let Ok(n) = digits.parse::<u32>()
@@ -110,20 +124,30 @@ fn invariants(root: &Path, files: &[PathBuf], faults: &mut Vec<String>) -> anyho
         }
     }
     for n in stated.difference(&tested) {
-        faults.push(format!("ARCHITECTURE.md states I-{n}; no test is named i{n}_…"));
+        faults.push(format!(
+            "ARCHITECTURE.md states I-{n}; no test is named i{n}_…"
+        ));
     }
     for n in tested.difference(&stated) {
-        faults.push(format!("a test is named i{n}_…; ARCHITECTURE.md states no I-{n}"));
+        faults.push(format!(
+            "a test is named i{n}_…; ARCHITECTURE.md states no I-{n}"
+        ));
     }
     Ok(())
 }
 
 fn sizes(root: &Path, files: &[PathBuf], faults: &mut Vec<String>) -> anyhow::Result<()> {
-    for file in files.iter().filter(|f| f.extension().is_some_and(|e| e == "rs")) {
+    for file in files
+        .iter()
+        .filter(|f| f.extension().is_some_and(|e| e == "rs"))
+    {
         let text = std::fs::read_to_string(root.join(file))?;
         let lines = text.lines().count();
         if lines > FILE_MAX_LINES && !text.lines().any(|l| l.starts_with("//! Size: ")) {
-            faults.push(format!("{}: {lines} lines, at most {FILE_MAX_LINES}", file.display()));
+            faults.push(format!(
+                "{}: {lines} lines, at most {FILE_MAX_LINES}",
+                file.display()
+            ));
         }
         if !text.starts_with("//!") && !text.starts_with("#!") {
             faults.push(format!("{}: no module doc", file.display()));
@@ -146,10 +170,15 @@ fn words(root: &Path, files: &[PathBuf], faults: &mut Vec<String>) -> anyhow::Re
         concat!("todo", "!("),
     ];
     for file in files {
-        if file.file_name().is_some_and(|n| n == "Cargo.lock" || n == "package-lock.json") {
+        if file
+            .file_name()
+            .is_some_and(|n| n == "Cargo.lock" || n == "package-lock.json")
+        {
             continue;
         }
-        let Ok(text) = std::fs::read_to_string(root.join(file)) else { continue };
+        let Ok(text) = std::fs::read_to_string(root.join(file)) else {
+            continue;
+        };
         for (number, line) in text.lines().enumerate() {
             for word in banned.iter().filter(|w| line.contains(*w)) {
                 faults.push(format!("{}:{}: {word}", file.display(), number + 1));
@@ -162,7 +191,13 @@ fn words(root: &Path, files: &[PathBuf], faults: &mut Vec<String>) -> anyhow::Re
 /// Files that git tracks, or would.
 fn tracked(root: &Path) -> anyhow::Result<Vec<PathBuf>> {
     let out = Command::new("git")
-        .args(["ls-files", "--cached", "--others", "--exclude-standard", "-z"])
+        .args([
+            "ls-files",
+            "--cached",
+            "--others",
+            "--exclude-standard",
+            "-z",
+        ])
         .current_dir(root)
         .output()
         .context("run git ls-files")?;
@@ -179,7 +214,10 @@ mod tests {
     use super::*;
 
     fn root() -> PathBuf {
-        Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
+        Path::new(env!("CARGO_MANIFEST_DIR"))
+            .parent()
+            .unwrap()
+            .to_owned()
     }
 
     #[test]

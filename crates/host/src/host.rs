@@ -120,8 +120,15 @@ impl Host {
                 _ = stopped.wait_for(|s| *s) => {}
             }
         });
-        let shared = Arc::clone(&self.shared);
-        tasks.spawn(async move { shared.fleet.tend(stop).await });
+        let (shared, mut stopped) = (Arc::clone(&self.shared), stop.clone());
+        tasks.spawn(async move {
+            // A VM that is being prepared is left where it is, as a kill would leave it: the next
+            // host finds it on its slot, or warden closes it.
+            tokio::select! {
+                () = shared.fleet.tend(stop) => {}
+                _ = stopped.wait_for(|s| *s) => {}
+            }
+        });
         while tasks.join_next().await.is_some() {}
     }
 
