@@ -360,7 +360,7 @@ fn build_root(plan: &Plan, fds: &[OwnedFd]) -> Step {
         .map_err(at("unshare mounts"))?;
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     rustix::mount::mount_change("/", private).map_err(at("make mounts private"))?;
-    let tight = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    let tight = MountFlags::NOSUID | MountFlags::NOEXEC;
     let options = c"size=64k,nr_inodes=128,mode=0755";
     rustix::mount::mount("none", &plan.scratch, "tmpfs", tight, options)
         .map_err(at("mount the root"))?;
@@ -409,6 +409,12 @@ fn place(entry: &Entry, tree: Option<&OwnedFd>) -> io::Result<()> {
         return Ok(rustix::fs::symlink(to, at)?);
     };
     let stat = rustix::fs::statat(tree, "", AtFlags::EMPTY_PATH)?;
+    if matches!(entry, Entry::Device { .. }) && stat.st_mode & 0o006 != 0o006 {
+        // Not for everybody outside (/dev/kvm): a node of its own, for the one who is inside.
+        let mode = Mode::from_raw_mode(0o666);
+        rustix::fs::mknodat(CWD, at, FileType::CharacterDevice, mode, stat.st_rdev)?;
+        return Ok(rustix::fs::chmod(at, mode)?);
+    }
     if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
         rustix::fs::mkdir(at, Mode::from_raw_mode(0o755))?;
     } else {

@@ -52,6 +52,8 @@ fn run(layout: Layout, network: Network) -> anyhow::Result<()> {
             .with_context(|| format!("uids.json has no {name:?}"))
     };
     let host_uid = uid("host")?;
+    layout.create()?;
+    let vmm = Vmm::probe(&layout)?;
     let programs = std::env::current_exe()?;
     let programs = programs
         .parent()
@@ -64,7 +66,7 @@ fn run(layout: Layout, network: Network) -> anyhow::Result<()> {
         host_uid,
         launcher: "/proc/self/exe".into(),
         programs,
-        vmm: Vmm::probe(),
+        vmm,
         fail_at: None,
     })?;
     let listener = warden::server::bind(&layout)?;

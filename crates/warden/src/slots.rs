@@ -180,11 +180,9 @@ impl Warden {
     }
 
     fn status(&self) -> Status {
-        let current = self.parts("", 0, 0);
         let ours = |p: &Parts| {
-            current.as_ref().is_ok_and(|c| {
-                (&c.vmm, &c.kernel, &c.initramfs) == (&p.vmm, &p.kernel, &p.initramfs)
-            })
+            self.parts(&p.image, p.memory_mb, p.cpus)
+                .is_ok_and(|now| now == *p)
         };
         let templates = self.templates.list();
         Status {
@@ -812,6 +810,7 @@ impl Warden {
         };
         Ok(Parts {
             vmm: digest(&format!("closure{}", vm::PROGRAM))?,
+            machine: self.config.vmm.machine(memory_mb, cpus),
             kernel: digest(vm::KERNEL)?,
             initramfs: digest(vm::INITRAMFS)?,
             image: image.into(),

@@ -21,6 +21,8 @@ use std::path::PathBuf;
 pub struct Parts {
     /// Digest of the VMM's executable.
     pub vmm: String,
+    /// Digest of its arguments.
+    pub machine: String,
     /// Digest of the kernel.
     pub kernel: String,
     /// Digest of the initramfs.

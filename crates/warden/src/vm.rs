@@ -3,7 +3,7 @@
 use crate::fault::{At, Result};
 use crate::jail;
 use crate::journal::Record;
-use crate::layout::{Layout, remove};
+use crate::layout::{Digests, Layout, hex, read_small, remove, write_small};
 use crate::limits::VMCTL_WAIT;
 use crate::templates::Files;
 use api::Error;
@@ -31,14 +31,48 @@ pub struct Vmm {
     pub accel_why: String,
 }
 
+/// What a probe found, and for what: another boot or another VMM asks again.
+#[derive(serde::Serialize, serde::Deserialize)]
+struct Probed {
+    key: String,
+    kvm: bool,
+    why: String,
+}
+
 impl Vmm {
-    /// Finds out which accelerator runs guests here.
-    #[must_use]
-    pub fn probe() -> Self {
-        Self {
-            kvm: false,
-            accel_why: "tcg".into(),
-        }
+    /// Finds out which accelerator runs guests here, by running one (trusted, 64 KiB, no devices);
+    /// once per boot and VMM.
+    ///
+    /// # Errors
+    /// When there is no VMM among the artifacts.
+    pub fn probe(layout: &Layout) -> Result<Self> {
+        let program = layout.artifacts().join(format!("closure{PROGRAM}"));
+        let file = std::fs::File::open(&program).at("open", program.display())?;
+        let digest = Digests::default().of(&file, PROGRAM)?;
+        let boot =
+            std::fs::read_to_string("/proc/sys/kernel/random/boot_id").at("read", "the boot id")?;
+        let key = format!("{} {digest}", boot.trim());
+        let cache = layout.state().join("accel.json");
+        let cached =
+            read_small(&cache)?.and_then(|text| serde_json::from_str::<Probed>(&text).ok());
+        let probed = match cached.filter(|c| c.key == key) {
+            Some(probed) => probed,
+            None => {
+                let vmm::kvm::Probe { usable, why } = vmm::kvm::probe(&program, &layout.state());
+                let probed = Probed {
+                    key,
+                    kvm: usable,
+                    why,
+                };
+                let text = serde_json::to_string(&probed).at("write", cache.display())?;
+                write_small(&cache, &text, 0o600, false)?;
+                probed
+            }
+        };
+        Ok(Self {
+            kvm: probed.kvm,
+            accel_why: probed.why,
+        })
     }
 
     /// Memory for translated code, MiB.
@@ -46,10 +80,37 @@ impl Vmm {
     pub fn translator_mb(&self) -> u64 {
         if self.kvm { 0 } else { TRANSLATOR_MB }
     }
+
+    /// Names the machine that a template is a state of: all of its arguments.
+    #[must_use]
+    pub fn machine(&self, memory_mb: u32, cpus: u32) -> String {
+        let arguments = self.arguments(How::Template, memory_mb, cpus).join("\0");
+        hex(&seal::hash::sha256(arguments.as_bytes()))
+    }
+
+    /// The VMM's arguments, its name first: constants of the driver and numbers, all of it ASCII.
+    fn arguments(&self, how: How, memory_mib: u32, cpus: u32) -> Vec<String> {
+        let accel = if self.kvm { Accel::Kvm } else { Accel::Tcg };
+        let spec = Spec {
+            how,
+            memory_mib,
+            cpus,
+            accel,
+            net: vmm::qemu::Net::Tap,
+            paths: Paths::jail(),
+        };
+        let name = std::iter::once("qemu-system-x86_64".into());
+        name.chain(
+            vmm::qemu::argv(&spec)
+                .into_iter()
+                .map(|a| a.to_string_lossy().into_owned()),
+        )
+        .collect()
+    }
 }
 
-/// Memory that TCG may use for translated code, MiB.
-const TRANSLATOR_MB: u64 = 128;
+/// Memory that TCG may use for translated code: the VMM's own bound, MiB.
+const TRANSLATOR_MB: u64 = 1024;
 
 /// The descriptors of both programs, in the order of their numbers from 3 on.
 pub struct Ends {
@@ -117,22 +178,7 @@ pub fn launch(vmm: &Vmm, record: &Record, host_uid: u32) -> Launch {
         Start::Cold => (How::Cold, "cold"),
         Start::Build => (How::Build, "build"),
     };
-    let spec = Spec {
-        how,
-        memory_mib: record.memory_mb,
-        cpus: record.cpus,
-        accel: if vmm.kvm { Accel::Kvm } else { Accel::Tcg },
-        net: vmm::qemu::Net::Tap,
-        paths: Paths::jail(),
-    };
-    // All of it is ASCII: constants of the driver and numbers.
-    let vmm_argv = std::iter::once("qemu-system-x86_64".into())
-        .chain(
-            vmm::qemu::argv(&spec)
-                .into_iter()
-                .map(|a| a.to_string_lossy().into_owned()),
-        )
-        .collect();
+    let vmm_argv = vmm.arguments(how, record.memory_mb, record.cpus);
     let (slot, uid) = (record.slot.to_string(), host_uid.to_string());
     let vmctl_argv = [
         "casemate-vmctl",

@@ -5,7 +5,7 @@ mod world;
 
 use api::ErrorCode;
 use api::warden::{Counters, DiskOpened, Op, SlotState, Start, VmOpened};
-use warden::Machine;
+use warden::{Machine, Vmm};
 use world::*;
 
 #[test]
@@ -123,6 +123,29 @@ fn a_vmm_is_alone_in_its_jail() {
         for _ in 0..2 {
             w.answer(Op::SlotClose { slot: 3 }).unwrap();
         }
+        world.assert_clean();
+    });
+}
+
+#[test]
+fn kvm_is_in_the_jail_where_it_is_used() {
+    if !std::path::Path::new("/dev/kvm").exists() {
+        return;
+    }
+    in_netns(|| {
+        let world = World::new();
+        let w = world.open_with(
+            Vmm {
+                kvm: true,
+                accel_why: "as asked".into(),
+            },
+            None,
+        );
+        w.answer(world.vm_open(0, Start::Cold)).unwrap();
+        let mut vmm = world.probe(0);
+        // Opens, though it is root's outside; no such device can be read.
+        assert_eq!(vmm.ask("read /dev/kvm"), format!("error {}", libc::EINVAL));
+        w.answer(Op::SlotClose { slot: 0 }).unwrap();
         world.assert_clean();
     });
 }

@@ -33,12 +33,20 @@ fn nothing_passes_but_an_open_triple() {
         nft.open_set(3, &[], &[edge(9991)]).unwrap();
         assert!(dial(EDGE_UID, to));
         for stranger in [0, HOST_UID, 900_003] {
-            assert!(!dial(stranger, to), "uid {stranger} with the edge's address");
+            assert!(
+                !dial(stranger, to),
+                "uid {stranger} with the edge's address"
+            );
         }
-        assert!(!dial(EDGE_UID, SocketAddr::new(guest.ip.into(), 22)), "another port");
+        assert!(
+            !dial(EDGE_UID, SocketAddr::new(guest.ip.into(), 22)),
+            "another port"
+        );
 
         // Closing cuts what is under way, in both directions.
-        let mut live = as_uid(EDGE_UID, move || TcpStream::connect_timeout(&to, SOON).unwrap());
+        let mut live = as_uid(EDGE_UID, move || {
+            TcpStream::connect_timeout(&to, SOON).unwrap()
+        });
         live.set_read_timeout(Some(SOON)).unwrap();
         let mut echo = [0u8; 4];
         live.write_all(b"ping").unwrap();
@@ -46,7 +54,10 @@ fn nothing_passes_but_an_open_triple() {
         nft.open_set(3, &[edge(9991)], &[]).unwrap();
         live.set_read_timeout(Some(SILENCE)).unwrap();
         live.write_all(b"ping").unwrap();
-        assert!(live.read_exact(&mut echo).is_err_and(|e| e.kind() == ErrorKind::WouldBlock));
+        assert!(
+            live.read_exact(&mut echo)
+                .is_err_and(|e| e.kind() == ErrorKind::WouldBlock)
+        );
         // And opening again mends it.
         nft.open_set(3, &[], &[edge(9991)]).unwrap();
         live.set_read_timeout(Some(SOON)).unwrap();
@@ -76,7 +87,10 @@ fn a_guest_reaches_nobody_by_itself_or_under_another_name() {
         let port = host.local_addr().unwrap().port();
         // The other guest is not even to be found: nobody answers ARP for it.
         for to in [(gateway, port), (two.ip, 80)] {
-            assert!(!one.run(move || TcpStream::connect_timeout(&to.into(), SILENCE).is_ok()), "{to:?}");
+            assert!(
+                !one.run(move || TcpStream::connect_timeout(&to.into(), SILENCE).is_ok()),
+                "{to:?}"
+            );
         }
         until("the drop is counted", || nft.dropped(1).unwrap().1 > 0);
         // From the port that the edge may reach, to anybody: an answer to nothing.
@@ -84,18 +98,32 @@ fn a_guest_reaches_nobody_by_itself_or_under_another_name() {
         let heard = UdpSocket::bind((gateway, 0)).unwrap();
         heard.set_read_timeout(Some(SILENCE)).unwrap();
         let to = heard.local_addr().unwrap();
-        one.run(move || UdpSocket::bind(from).unwrap().send_to(b"x", to).map(drop)).unwrap();
+        one.run(move || UdpSocket::bind(from).unwrap().send_to(b"x", to).map(drop))
+            .unwrap();
         assert!(heard.recv(&mut [0; 8]).is_err());
 
         // Spoofed: another address, then another hardware address.
-        for change in ["addr add 10.117.0.77/16 dev eth0", "link set eth0 address 02:00:0a:75:00:04"] {
+        for change in [
+            "addr add 10.117.0.77/16 dev eth0",
+            "link set eth0 address 02:00:0a:75:00:04",
+        ] {
             let before = nft.dropped(1).unwrap().1;
-            let from: Ipv4Addr = if change.starts_with("addr") { [10, 117, 0, 77].into() } else { one.ip };
+            let from: Ipv4Addr = if change.starts_with("addr") {
+                [10, 117, 0, 77].into()
+            } else {
+                one.ip
+            };
             one.run(move || {
                 ip(change);
                 // The address of the gateway is known, so that a packet does leave.
-                ip(&format!("neigh replace {gateway} lladdr {} dev eth0", mac_text(mac(gateway))));
-                UdpSocket::bind((from, 0)).unwrap().send_to(b"x", to).unwrap();
+                ip(&format!(
+                    "neigh replace {gateway} lladdr {} dev eth0",
+                    mac_text(mac(gateway))
+                ));
+                UdpSocket::bind((from, 0))
+                    .unwrap()
+                    .send_to(b"x", to)
+                    .unwrap();
             });
             until("the drop is counted", || nft.dropped(1).unwrap().1 > before);
             assert!(heard.recv(&mut [0; 8]).is_err(), "{change}");
@@ -113,7 +141,10 @@ fn guests_meet_by_a_triple_of_theirs_alone() {
             guest.serve(9990);
             guest.serve(80);
         }
-        let link = [Open { source: Source::Slot(1), port: 9990 }];
+        let link = [Open {
+            source: Source::Slot(1),
+            port: 9990,
+        }];
         for slot in [1, 2] {
             tap_forward(slot, true).unwrap();
         }
@@ -133,7 +164,9 @@ fn guests_meet_by_a_triple_of_theirs_alone() {
 
 /// Whether `uid` gets a connection from the fabric.
 fn dial(uid: u32, to: SocketAddr) -> bool {
-    as_uid(uid, move || TcpStream::connect_timeout(&to, SILENCE).is_ok())
+    as_uid(uid, move || {
+        TcpStream::connect_timeout(&to, SILENCE).is_ok()
+    })
 }
 
 type Job = Box<dyn FnOnce() + Send>;
@@ -155,7 +188,10 @@ impl Guest {
             // SAFETY: unshares the network namespace of this thread alone.
             assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNET) }, 0);
             let eth = tun("eth0");
-            ip(&format!("link set eth0 address {}", mac_text(mac(ip_address))));
+            ip(&format!(
+                "link set eth0 address {}",
+                mac_text(mac(ip_address))
+            ));
             ip(&format!("addr add {ip_address}/16 dev eth0"));
             ip("link set eth0 up");
             ip(&format!("route add default via {gateway}"));
@@ -163,12 +199,17 @@ impl Guest {
             todo.into_iter().for_each(|job| job());
         });
         wire(tap, eth.recv().unwrap());
-        Self { ip: ip_address, jobs }
+        Self {
+            ip: ip_address,
+            jobs,
+        }
     }
 
     fn run<T: Send + 'static>(&self, f: impl FnOnce() -> T + Send + 'static) -> T {
         let (tx, rx) = channel();
-        self.jobs.send(Box::new(move || drop(tx.send(f())))).unwrap();
+        self.jobs
+            .send(Box::new(move || drop(tx.send(f()))))
+            .unwrap();
         rx.recv_timeout(SOON).unwrap()
     }
 
@@ -223,5 +264,9 @@ fn tun(name: &str) -> OwnedFd {
 
 fn ip(args: &str) {
     let out = Command::new("ip").args(args.split(' ')).output().unwrap();
-    assert!(out.status.success(), "ip {args}: {}", String::from_utf8_lossy(&out.stderr));
+    assert!(
+        out.status.success(),
+        "ip {args}: {}",
+        String::from_utf8_lossy(&out.stderr)
+    );
 }

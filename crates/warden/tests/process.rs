@@ -20,7 +20,9 @@ use world::*;
 #[test]
 #[ignore = "run by the crash tests"]
 fn victim() {
-    let Ok(dir) = std::env::var("CMT_DIR") else { return };
+    let Ok(dir) = std::env::var("CMT_DIR") else {
+        return;
+    };
     let step = std::env::var("CMT_STEP").unwrap();
     let step: Option<Step> = serde_json::from_str(&step).unwrap();
     // As by SIGKILL: nothing is unwound, nothing dropped.
@@ -33,7 +35,11 @@ fn victim() {
         w.answer(Op::TemplateSeal { slot: 1 }).unwrap();
     }
     w.answer(world.vm_open(1, Start::Cold)).unwrap();
-    w.answer(Op::NetSet { slot: 1, open: vec![edge(9991)] }).unwrap();
+    w.answer(Op::NetSet {
+        slot: 1,
+        open: vec![edge(9991)],
+    })
+    .unwrap();
     w.answer(disk_open(1)).unwrap();
     w.answer(disk_grant(1)).unwrap();
     if step.is_some() {
@@ -62,13 +68,20 @@ fn a_warden_that_dies_at_any_step_leaves_nothing_or_a_slot_that_rests() {
             run_victim(&world, Some(step));
             let record = world.layout.state().join("slots/1.json");
             let text = std::fs::read_to_string(&record).unwrap();
-            assert!(text.contains(&serde_json::to_string(&step).unwrap()), "{step:?}: {text}");
+            assert!(
+                text.contains(&serde_json::to_string(&step).unwrap()),
+                "{step:?}: {text}"
+            );
             let record: warden::journal::Record = serde_json::from_str(&text).unwrap();
             let w = world.open(None);
             let slots = status(&w).slots;
             if step.rests() {
                 assert_eq!(slots.len(), 1, "{step:?}");
-                let want = if step == Step::Open { SlotState::Open } else { SlotState::DiskAttached };
+                let want = if step == Step::Open {
+                    SlotState::Open
+                } else {
+                    SlotState::DiskAttached
+                };
                 assert_eq!(slots[0].state, want);
                 let pid = slots[0].vmm_pid;
                 assert!(Proc::of(pid).is_some());
@@ -78,14 +91,25 @@ fn a_warden_that_dies_at_any_step_leaves_nothing_or_a_slot_that_rests() {
                 until("it is gone", || Proc::of(pid).is_none());
             } else {
                 assert!(slots.is_empty(), "{step:?}");
-                for proc in [record.vmm, record.vmctl, record.disk].into_iter().flatten() {
+                for proc in [record.vmm, record.vmctl, record.disk]
+                    .into_iter()
+                    .flatten()
+                {
                     until("it is gone", || proc.handle().is_none());
                 }
             }
             world.assert_clean();
-            let kept = world.layout.state().join(format!("disks/{WORKSPACE}.luks")).exists();
+            let kept = world
+                .layout
+                .state()
+                .join(format!("disks/{WORKSPACE}.luks"))
+                .exists();
             // From `ready` on the volume is the workspace's, whatever happens.
-            assert_eq!(kept, (Step::DiskReady..=Step::DiskAttached).contains(&step) || step == Step::Close, "{step:?}");
+            assert_eq!(
+                kept,
+                (Step::DiskReady..=Step::DiskAttached).contains(&step) || step == Step::Close,
+                "{step:?}"
+            );
             // And the slot works again.
             w.answer(world.vm_open(1, Start::Cold)).unwrap();
             w.answer(disk_open(1)).unwrap();
@@ -104,10 +128,22 @@ fn an_adopted_slot_keeps_its_openings_and_notices_deaths() {
         let w = world.open(None);
         let slot = status(&w).slots[0].clone();
         assert_eq!(slot.state, SlotState::DiskAttached);
-        assert!(world.left().iter().any(|l| l.contains("9991")), "{:?}", world.left());
-        assert!(w.answer(Op::DiskErase { workspace: WORKSPACE.parse().unwrap() }).is_err(), "in use");
+        assert!(
+            world.left().iter().any(|l| l.contains("9991")),
+            "{:?}",
+            world.left()
+        );
+        assert!(
+            w.answer(Op::DiskErase {
+                workspace: WORKSPACE.parse().unwrap()
+            })
+            .is_err(),
+            "in use"
+        );
         kill(slot.disk_pid.unwrap());
-        until("the slot is dead", || status(&w).slots[0].state == SlotState::Dead);
+        until("the slot is dead", || {
+            status(&w).slots[0].state == SlotState::Dead
+        });
         until("the VMM is gone", || Proc::of(slot.vmm_pid).is_none());
         w.answer(Op::SlotClose { slot: 1 }).unwrap();
         world.assert_clean();
@@ -130,38 +166,109 @@ fn the_socket_refuses_strangers_and_nonsense() {
         let mut daemon = Daemon::start(&world);
         let socket = daemon.socket.clone();
         let ask = move |uid: u32, json: &str| {
-            let (socket, body) = (socket.clone(), serde_json::from_str::<serde_json::Value>(json).unwrap());
-            as_uid(uid, move || call::<_, serde_json::Value>(&socket, "req_1", &body, Duration::from_secs(20)))
+            let (socket, body) = (
+                socket.clone(),
+                serde_json::from_str::<serde_json::Value>(json).unwrap(),
+            );
+            as_uid(uid, move || {
+                call::<_, serde_json::Value>(&socket, "req_1", &body, Duration::from_secs(20))
+            })
         };
-        let status: Status = serde_json::from_value(ask(HOST_UID, r#"{"op":"status"}"#).unwrap()).unwrap();
+        let status: Status =
+            serde_json::from_value(ask(HOST_UID, r#"{"op":"status"}"#).unwrap()).unwrap();
         assert!(status.slots.is_empty());
         for stranger in [EDGE_UID, 65_534, 900_001] {
-            assert!(ask(stranger, r#"{"op":"status"}"#).is_err_and(|e| e.code == ErrorCode::Unavailable));
+            assert!(
+                ask(stranger, r#"{"op":"status"}"#)
+                    .is_err_and(|e| e.code == ErrorCode::Unavailable)
+            );
         }
         let image = &world.image;
         for (bad, code) in [
             (r#"{"op":"shell","cmd":"id"}"#.into(), ErrorCode::BadRequest),
-            (r#"{"op":"slot_close","slot":1,"path":"/etc"}"#.into(), ErrorCode::BadRequest),
-            (r#"{"op":"slot_close","slot":65536}"#.into(), ErrorCode::BadRequest),
-            (r#"{"op":"slot_close","slot":65535}"#.into(), ErrorCode::ValidationError),
-            (r#"{"op":"slot_close","slot":4096}"#.into(), ErrorCode::ValidationError),
-            (r#"{"op":"disk_erase","workspace":"../../etc/passwd"}"#.into(), ErrorCode::BadRequest),
-            (r#"{"op":"disk_erase","workspace":"ws_00000000000000AA"}"#.into(), ErrorCode::BadRequest),
-            (format!(r#"{{"op":"vm_open","slot":0,"how":"cold","image":"../{}","memory_mb":128,"cpus":1}}"#, &image[3..]), ErrorCode::ValidationError),
-            (format!(r#"{{"op":"vm_open","slot":0,"how":"cold","image":"{}","memory_mb":128,"cpus":1}}"#, "0".repeat(64)), ErrorCode::NotFound),
-            (format!(r#"{{"op":"vm_open","slot":0,"how":"cold","image":"{image}","memory_mb":0,"cpus":1}}"#), ErrorCode::ValidationError),
-            (format!(r#"{{"op":"vm_open","slot":0,"how":"cold","image":"{image}","memory_mb":128,"cpus":4096}}"#), ErrorCode::ValidationError),
-            (r#"{"op":"net_set","slot":0,"open":[{"source":"edge","port":0}]}"#.into(), ErrorCode::ValidationError),
-            (r#"{"op":"net_set","slot":0,"open":[{"source":{"slot":0},"port":1}]}"#.into(), ErrorCode::ValidationError),
-            (r#"{"op":"net_set","slot":0,"open":[{"source":"edge","port":1}]}"#.into(), ErrorCode::NotFound),
+            (
+                r#"{"op":"slot_close","slot":1,"path":"/etc"}"#.into(),
+                ErrorCode::BadRequest,
+            ),
+            (
+                r#"{"op":"slot_close","slot":65536}"#.into(),
+                ErrorCode::BadRequest,
+            ),
+            (
+                r#"{"op":"slot_close","slot":65535}"#.into(),
+                ErrorCode::ValidationError,
+            ),
+            (
+                r#"{"op":"slot_close","slot":4096}"#.into(),
+                ErrorCode::ValidationError,
+            ),
+            (
+                r#"{"op":"disk_erase","workspace":"../../etc/passwd"}"#.into(),
+                ErrorCode::BadRequest,
+            ),
+            (
+                r#"{"op":"disk_erase","workspace":"ws_00000000000000AA"}"#.into(),
+                ErrorCode::BadRequest,
+            ),
+            (
+                format!(
+                    r#"{{"op":"vm_open","slot":0,"how":"cold","image":"../{}","memory_mb":128,"cpus":1}}"#,
+                    &image[3..]
+                ),
+                ErrorCode::ValidationError,
+            ),
+            (
+                format!(
+                    r#"{{"op":"vm_open","slot":0,"how":"cold","image":"{}","memory_mb":128,"cpus":1}}"#,
+                    "0".repeat(64)
+                ),
+                ErrorCode::NotFound,
+            ),
+            (
+                format!(
+                    r#"{{"op":"vm_open","slot":0,"how":"cold","image":"{image}","memory_mb":0,"cpus":1}}"#
+                ),
+                ErrorCode::ValidationError,
+            ),
+            (
+                format!(
+                    r#"{{"op":"vm_open","slot":0,"how":"cold","image":"{image}","memory_mb":128,"cpus":4096}}"#
+                ),
+                ErrorCode::ValidationError,
+            ),
+            (
+                r#"{"op":"net_set","slot":0,"open":[{"source":"edge","port":0}]}"#.into(),
+                ErrorCode::ValidationError,
+            ),
+            (
+                r#"{"op":"net_set","slot":0,"open":[{"source":{"slot":0},"port":1}]}"#.into(),
+                ErrorCode::ValidationError,
+            ),
+            (
+                r#"{"op":"net_set","slot":0,"open":[{"source":"edge","port":1}]}"#.into(),
+                ErrorCode::NotFound,
+            ),
             (r#"{"op":"counters","slot":9}"#.into(), ErrorCode::NotFound),
-            (format!(r#"{{"op":"disk_grant","slot":0,"sealed":"","aad":"{}"}}"#, "z".repeat(64)), ErrorCode::ValidationError),
+            (
+                format!(
+                    r#"{{"op":"disk_grant","slot":0,"sealed":"","aad":"{}"}}"#,
+                    "z".repeat(64)
+                ),
+                ErrorCode::ValidationError,
+            ),
         ] {
             let answer = ask(0, &bad);
-            assert!(answer.as_ref().is_err_and(|e| e.code == code), "{bad}: {answer:?}");
+            assert!(
+                answer.as_ref().is_err_and(|e| e.code == code),
+                "{bad}: {answer:?}"
+            );
         }
         // Frames that are none: the connection ends, the daemon does not.
-        for bytes in [&[0xff, 0xff, 0xff, 0xff][..], &[0, 0, 0, 2, b'{', b'}'], &[0, 0, 0, 9, b'x']] {
+        for bytes in [
+            &[0xff, 0xff, 0xff, 0xff][..],
+            &[0, 0, 0, 2, b'{', b'}'],
+            &[0, 0, 0, 9, b'x'],
+        ] {
             let mut s = UnixStream::connect(&daemon.socket).unwrap();
             s.set_read_timeout(Some(SOON)).unwrap();
             s.write_all(bytes).unwrap();
@@ -203,7 +310,9 @@ impl Daemon {
             .spawn()
             .unwrap();
         let socket = Layout::new(&world.dir).own_run().join("warden.sock");
-        until("the socket answers", || UnixStream::connect(&socket).is_ok());
+        until("the socket answers", || {
+            UnixStream::connect(&socket).is_ok()
+        });
         Self { child, socket }
     }
 

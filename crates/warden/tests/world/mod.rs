@@ -121,6 +121,16 @@ impl World {
     }
 
     pub fn open(&self, fail_at: Option<Step>) -> Arc<Warden> {
+        self.open_with(
+            Vmm {
+                kvm: false,
+                accel_why: "a double".into(),
+            },
+            fail_at,
+        )
+    }
+
+    pub fn open_with(&self, vmm: Vmm, fail_at: Option<Step>) -> Arc<Warden> {
         Warden::open(Config {
             layout: self.layout.clone(),
             network: network(),
@@ -128,10 +138,7 @@ impl World {
             host_uid: HOST_UID,
             launcher: LAUNCHER.into(),
             programs: self.dir.join("programs"),
-            vmm: Vmm {
-                kvm: false,
-                accel_why: "a double".into(),
-            },
+            vmm,
             fail_at,
         })
         .unwrap_or_else(|e| panic!("{e:?}"))
