@@ -7,8 +7,8 @@ use crate::limits::{CPUS_MAX, DISK_MAX_BYTES, MEMORY_MAX_MIB, MEMORY_MIN_MIB};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-/// The MAC address of every guest. It is part of the template's state, and each tap is a link of
-/// its own, so one address serves all; warden pins it on the tap.
+/// The MAC address that every guest comes up with: it is part of the template's state. The agent
+/// sets the one that goes with its IP address before it opens the network; warden pins that.
 pub const GUEST_MAC: &str = "02:00:0a:75:00:02";
 /// The control socket, connected.
 pub const QMP_FD: i32 = 3;
