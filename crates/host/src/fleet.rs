@@ -106,8 +106,9 @@ impl Fleet {
             Start::Cold
         };
         match self.open(shape, how, true).await {
-            Err(e) if how == Start::Template => {
-                tracing::warn!(error = %e, detail = e.detail, "restore failed, booting cold");
+            // A slot may be taken by what a killed host process still had under way.
+            Err(e) if how == Start::Template || e.code == ErrorCode::Conflict => {
+                tracing::warn!(error = %e, detail = e.detail, "booting cold");
                 self.open(shape, Start::Cold, true).await
             }
             other => other,
@@ -182,6 +183,16 @@ impl Fleet {
             inner.pool.len() < before
         };
         if pooled {
+            self.close_some_time(slot).await;
+        }
+    }
+
+    /// Closes a slot that warden has and nobody here knows: a killed host process had it under
+    /// way.
+    pub(crate) async fn orphan_close(&self, slot: u16) {
+        let unknown = self.lock().used.insert(slot);
+        if unknown {
+            tracing::warn!(slot, "nobody's VM");
             self.close_some_time(slot).await;
         }
     }

@@ -309,6 +309,9 @@ impl Host {
     ) {
         self.note_templates(status);
         let slots: HashMap<u16, &Slot> = status.slots.iter().map(|s| (s.slot, s)).collect();
+        for slot in slots.keys() {
+            self.shared.fleet.orphan_close(*slot).await;
+        }
         for slot in spares {
             if slots.get(&slot).is_none_or(|s| s.state == SlotState::Dead) {
                 self.shared.fleet.spare_drop(slot).await;

@@ -128,7 +128,9 @@ impl Doubles {
                 memory_mb,
                 cpus,
             } => {
-                assert!(!s.slots.contains_key(&slot), "slot {slot} is taken");
+                if s.slots.contains_key(&slot) {
+                    return Err(Error::new(ErrorCode::Conflict, "the slot is taken"));
+                }
                 if how == Start::Template {
                     assert!(s.templates.contains(&(image.clone(), memory_mb, cpus)));
                 }
