@@ -58,7 +58,7 @@ fn bad_input_meets_typed_errors() {
                 "cpus",
             ),
             (
-                json!({ "image": "python-3", "config": { "memory_mb": 1 << 40 } }),
+                json!({ "image": "python-3", "config": { "memory_mb": 1u64 << 40 } }),
                 422,
                 "memory_mb",
             ),
