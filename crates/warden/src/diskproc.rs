@@ -21,6 +21,7 @@ use model::WorkspaceId;
 use rustix::fd::{AsFd, AsRawFd, OwnedFd};
 use rustix::fs::{FlockOperation, Gid, OFlags, Uid};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
+use rustix::process::PidfdGetfdFlags;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -211,7 +212,7 @@ pub fn mount(uid: u32) -> Result<Mount> {
 pub struct Disk {
     /// The process.
     pub handle: Handle,
-    /// Its channel; an adopted one has none.
+    /// Its channel.
     pub control: Option<OwnedFd>,
     /// The mount, until the file is opened.
     pub mount: Option<OwnedFd>,
@@ -220,6 +221,20 @@ pub struct Disk {
 }
 
 impl Disk {
+    /// One that an earlier warden started: its channel's other end is kept by the process itself.
+    #[must_use]
+    pub fn adopt(handle: Handle) -> Self {
+        let flags = PidfdGetfdFlags::empty();
+        // Without it the disk still ends by itself when its mount goes.
+        let control = rustix::process::pidfd_getfd(handle.pidfd(), 0, flags).ok();
+        Self {
+            handle,
+            control,
+            mount: None,
+            file: None,
+        }
+    }
+
     /// Its ephemeral public key.
     ///
     /// # Errors
@@ -280,7 +295,7 @@ impl Disk {
         let control = self
             .control
             .as_ref()
-            .ok_or_else(|| Error::internal("an adopted disk has no channel"))?;
+            .ok_or_else(|| Error::internal("the disk process has no channel"))?;
         jail::send(control, message, &[]).at("speak to", "the disk process")
     }
 
@@ -288,7 +303,7 @@ impl Disk {
         let control = self
             .control
             .as_ref()
-            .ok_or_else(|| Error::internal("an adopted disk has no channel"))?;
+            .ok_or_else(|| Error::internal("the disk process has no channel"))?;
         if !readable(control.as_fd(), wait) {
             return Err(Error::new(
                 ErrorCode::Timeout,

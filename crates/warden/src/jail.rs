@@ -58,6 +58,8 @@ pub struct Plan {
     pub scratch: PathBuf,
     /// Descriptors that become 3, 4, …
     pub pass: Vec<usize>,
+    /// The descriptor that becomes 0; otherwise /dev/null.
+    pub stdin: Option<usize>,
     /// The descriptor that becomes 2; otherwise the launcher's own.
     pub stderr: Option<usize>,
     /// Directories of the control groups to join.
@@ -237,7 +239,8 @@ fn child(
         .map_err(at("close the program on exec"))?;
     let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
         .map_err(at("open /dev/null"))?;
-    dup_to(null.as_fd(), 0)?;
+    let stdin = plan.stdin.map_or(Ok(&null), |i| pick(&fds, i))?;
+    dup_to(stdin.as_fd(), 0)?;
     dup_to(null.as_fd(), 1)?;
     if let Some(i) = plan.stderr {
         dup_to(pick(&fds, i)?.as_fd(), 2)?;

@@ -34,6 +34,7 @@ impl Jail {
             root: vec![],
             scratch: layout.own_run().join("root"),
             pass: vec![],
+            stdin: None,
             stderr: None,
             cgroups,
             oom_score_adj: 0,
@@ -207,7 +208,9 @@ pub fn vmctl(
     Ok(jail)
 }
 
-/// A disk's jail: the very file that was measured, and the system's libraries.
+/// A disk's jail: the very file that was measured, and the system's libraries. It also holds
+/// `channel`, warden's end of its channel, so that the channel outlives a warden, and the next one
+/// finds it there.
 ///
 /// # Errors
 /// A descriptor's.
@@ -215,6 +218,7 @@ pub fn disk(
     layout: &Layout,
     slot: u16,
     exe: OwnedFd,
+    channel: OwnedFd,
     argv: Vec<String>,
     pass: Vec<OwnedFd>,
     cgroups: Vec<std::path::PathBuf>,
@@ -226,6 +230,7 @@ pub fn disk(
     for fd in pass {
         jail.pass(fd);
     }
+    jail.plan.stdin = Some(jail.own(channel));
     jail.plan.argv = argv;
     jail.plan.oom_score_adj = -900;
     jail.plan.memlock_bytes = 16 * MIB; // its secret heap

@@ -14,15 +14,16 @@
 //!
 //! What it costs: a start that fails half-way loses its VM; host takes another one.
 
+mod attach;
+mod sweep;
+
 use crate::attest::Machine;
 use crate::cgroup::Cgroups;
-use crate::diskproc::{self, Disk, Disks};
+use crate::diskproc::{Disk, Disks};
 use crate::fault::{At, Result, conflict, invalid, log, missing};
 use crate::journal::{Journal, Record, Step};
 use crate::layout::{Digests, Layout, check_digest_id, open_beneath, remove};
-use crate::limits::{
-    DISK_UID, KILL_WAIT, MKFS_WAIT, OPEN_MAX, SEALED_MAX_BYTES, STDERR_MAX_BYTES, VMM_UID,
-};
+use crate::limits::{KILL_WAIT, OPEN_MAX, STDERR_MAX_BYTES, VMM_UID};
 use crate::net::{self, Network};
 use crate::nft::Nft;
 use crate::plans::{self, VmmParts};
@@ -31,10 +32,10 @@ use crate::templates::{Parts, Templates};
 use crate::vm::{self, Vmm};
 use crate::watch::Watch;
 use api::Error;
-use api::warden::{Counters, DiskOpened, Op, Open, Slot as View, Source, Start, Status, VmOpened};
+use api::warden::{Counters, Op, Open, Slot as View, Source, Start, Status, VmOpened};
+use model::WorkspaceId;
 use model::limits as bounds;
-use model::{Purpose, StartId, WorkspaceId};
-use rustix::fd::{AsFd, OwnedFd};
+use rustix::fd::OwnedFd;
 use rustix::fs::OFlags;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
@@ -144,7 +145,7 @@ impl Warden {
                 bytes_per_s,
                 ops_per_s,
             } => {
-                let ask = DiskAsk {
+                let ask = attach::DiskAsk {
                     workspace,
                     start_id,
                     purpose,
@@ -353,146 +354,6 @@ impl Warden {
         sealed.map(|()| true)
     }
 
-    fn disk_open(&self, slot: u16, ask: DiskAsk) -> Result<DiskOpened> {
-        check_range("disk_mb", ask.disk_mb, &bounds::DISK_MB)?;
-        check_digest_id("nonce", &ask.nonce)?;
-        let cell = self.cell(slot);
-        let mut held = lock(&cell);
-        let s = held
-            .as_mut()
-            .ok_or_else(|| missing(format!("slot {slot} is empty")))?;
-        if s.record.step != Step::Open || s.record.dead || s.record.how == Start::Build {
-            return Err(conflict(format!(
-                "slot {slot} holds no VM that waits for a disk"
-            )));
-        }
-        if !lock(&self.in_use).insert(ask.workspace.clone()) {
-            return Err(conflict("the workspace's disk is in use; stop it first"));
-        }
-        s.record.workspace = Some(ask.workspace.clone());
-        s.record.start_id = Some(ask.start_id.clone());
-        let opened = self.disk_open_steps(s, ask);
-        if opened.is_err() {
-            self.fail(s);
-        }
-        opened
-    }
-
-    fn disk_open_steps(&self, s: &mut Slot, ask: DiskAsk) -> Result<DiskOpened> {
-        let slot = s.record.slot;
-        let layout = &self.config.layout;
-        let uid = DISK_UID + u32::from(slot);
-        let exe = plans::executable(&self.config.programs, "casemate-disk")?;
-        let measurement = self.digests.of(&exe, "casemate-disk")?;
-        self.step(&mut s.record, Step::DiskBegin)?;
-        let backing = self.disks.open(&ask.workspace, uid)?;
-        s.record.fresh = backing.fresh;
-        let shipped = layout.artifacts().join("ext4");
-        let ext4 = diskproc::ext4_template(
-            &shipped,
-            &layout.state().join("ext4"),
-            ask.disk_mb,
-            |file| self.mkfs(file),
-        )?;
-        let group = disk_group(slot);
-        self.cgroups.create(&group, plans::disk_bounds())?;
-        let mount = diskproc::mount(VMM_UID + u32::from(slot))?;
-        let (control, theirs) = seqpacket()?;
-        let keep = backing
-            .file
-            .try_clone()
-            .at("keep the disk of", &ask.workspace)?;
-        let argv = vec![
-            "casemate-disk".into(),
-            "--size-mb".into(),
-            ask.disk_mb.to_string(),
-            "--bytes-per-s".into(),
-            ask.bytes_per_s.to_string(),
-            "--ops-per-s".into(),
-            ask.ops_per_s.to_string(),
-            "--uid".into(),
-            (VMM_UID + u32::from(slot)).to_string(),
-        ];
-        let pass = vec![theirs, backing.file, mount.server, ext4, mount.second];
-        let jail = plans::disk(layout, slot, exe, argv, pass, self.cgroups.dirs(&group))?;
-        let waiting = process::spawn(&self.config.launcher, "the disk", &jail.plan, &jail.fds())?;
-        // From here on the process alone holds the connection: its death ends the mount.
-        drop(jail);
-        s.record.disk = Some(waiting.handle.proc);
-        self.step(&mut s.record, Step::DiskJailed)?;
-        let handle = waiting.go("the disk")?;
-        self.watch.add(slot, &handle)?;
-        let disk = s.disk.insert(Disk {
-            handle,
-            control: Some(control),
-            mount: Some(mount.mount),
-            file: Some(keep),
-        });
-        let hpke_pub = disk.hello()?;
-        self.step(&mut s.record, Step::DiskWaits)?;
-        let attestation = self.machine.attest(
-            &ask.workspace,
-            &ask.start_id,
-            ask.purpose,
-            ask.nonce,
-            hpke_pub,
-            measurement,
-        )?;
-        Ok(DiskOpened {
-            attestation,
-            fresh: s.record.fresh,
-        })
-    }
-
-    fn disk_grant(&self, slot: u16, sealed: String, aad: String) -> Result<bool> {
-        if sealed.len() > SEALED_MAX_BYTES {
-            return Err(invalid("sealed must be at most 16 KiB"));
-        }
-        check_digest_id("aad", &aad)?;
-        let cell = self.cell(slot);
-        let mut held = lock(&cell);
-        let s = held
-            .as_mut()
-            .ok_or_else(|| missing(format!("slot {slot} is empty")))?;
-        if s.record.step != Step::DiskWaits || s.record.dead {
-            return Err(conflict(format!(
-                "slot {slot} has no disk that waits for its key"
-            )));
-        }
-        let granted = self.disk_grant_steps(s, sealed, aad);
-        if granted.is_err() {
-            self.fail(s);
-        }
-        granted.map(|()| true)
-    }
-
-    fn disk_grant_steps(&self, s: &mut Slot, sealed: String, aad: String) -> Result {
-        let slot = s.record.slot;
-        self.step(&mut s.record, Step::DiskGrant)?;
-        let gone = || Error::internal("the disk process is gone");
-        let disk = s.disk.as_mut().ok_or_else(gone)?;
-        let size_bytes = disk.grant(sealed, aad, s.record.fresh)?;
-        if let (true, Some(workspace), Some(file)) =
-            (s.record.fresh, &s.record.workspace, &disk.file)
-        {
-            self.disks.keep(workspace, file)?;
-            s.record.fresh = false;
-        }
-        self.step(&mut s.record, Step::DiskReady)?;
-        let disk = s.disk.as_mut().ok_or_else(gone)?;
-        let mount = disk.mount.take().ok_or_else(gone)?;
-        let plan = plans::mount_opener(&self.config.layout, slot);
-        let file = process::open_mount(
-            &self.config.launcher,
-            "the disk's file",
-            &plan,
-            mount.as_fd(),
-        )?;
-        vm::hand_over(&self.config.layout, slot, file, size_bytes)?;
-        drop(mount);
-        self.step(&mut s.record, Step::DiskAttached)
-    }
-
     fn net_set(&self, slot: u16, open: Vec<Open>) -> Result<bool> {
         if open.len() > OPEN_MAX {
             return Err(invalid(format!(
@@ -545,17 +406,6 @@ impl Warden {
         *held = None;
         self.clear(&record)?;
         cut.and(journal).map(|()| true)
-    }
-
-    fn disk_erase(&self, workspace: &WorkspaceId) -> Result<bool> {
-        let mut in_use = lock(&self.in_use);
-        if !in_use.insert(workspace.clone()) {
-            return Err(conflict("the workspace's disk is in use; stop it first"));
-        }
-        drop(in_use);
-        let erased = self.disks.erase(workspace);
-        lock(&self.in_use).remove(workspace);
-        erased.map(|()| true)
     }
 
     fn counters(&self, slot: u16) -> Result<Counters> {
@@ -659,98 +509,6 @@ impl Warden {
         self.journal.remove(slot)
     }
 
-    /// Adopts slots that rest with all their processes; removes everything else.
-    fn sweep(&self) -> Result {
-        let mut adopted = Vec::new();
-        for (slot, record) in self.journal.read()? {
-            let Some(record) = record else { continue };
-            if let Some(s) = self.adopt(&record) {
-                adopted.push((slot, record.open.clone()));
-                if let Some(workspace) = &record.workspace {
-                    lock(&self.in_use).insert(workspace.clone());
-                }
-                self.publish(&record)?;
-                *lock(&self.cell(slot)) = Some(s);
-                continue;
-            }
-            for proc in [record.vmm, record.disk, record.vmctl]
-                .into_iter()
-                .flatten()
-            {
-                if let Some(handle) = proc.handle() {
-                    let _ = handle.kill(KILL_WAIT);
-                }
-            }
-        }
-        lock(&self.nft).rebuild(&adopted)?;
-        let kept: HashSet<u16> = adopted.iter().map(|(s, _)| *s).collect();
-        for group in self.cgroups.list() {
-            let slot = group.rsplit_once('-').and_then(|(_, n)| n.parse().ok());
-            if !slot.is_some_and(|s| kept.contains(&s)) && !self.cgroups.remove(&group) {
-                return Err(Error::internal(format!(
-                    "a process in control group {group} can't be killed"
-                )));
-            }
-        }
-        for (slot, record) in self.journal.read()? {
-            if kept.contains(&slot) {
-                continue;
-            }
-            log(
-                "sweep",
-                serde_json::json!({"slot": slot, "step": record.as_ref().map(|r| r.step)}),
-            );
-            if let Some(workspace) = record.and_then(|r| r.workspace) {
-                self.disks.rest(&workspace)?;
-            }
-            self.journal.remove(slot)?;
-        }
-        for dir in [
-            self.config.layout.vmctl(),
-            self.config.layout.state().join("build"),
-        ] {
-            for entry in std::fs::read_dir(&dir).at("read", dir.display())?.flatten() {
-                let name = entry.file_name();
-                let slot = name
-                    .to_str()
-                    .and_then(|n| n.split('.').next())
-                    .and_then(|n| n.parse().ok());
-                if !slot.is_some_and(|s| kept.contains(&s)) {
-                    remove(&entry.path())?;
-                }
-            }
-        }
-        self.disks.sweep_new()
-    }
-
-    fn adopt(&self, record: &Record) -> Option<Slot> {
-        if !record.step.rests() || record.dead {
-            return None;
-        }
-        let (vmm, vmctl) = (record.vmm?.handle()?, record.vmctl?.handle()?);
-        let disk = match (record.step, record.disk) {
-            (Step::DiskAttached, Some(disk)) => Some(Disk {
-                handle: disk.handle()?,
-                control: None,
-                mount: None,
-                file: None,
-            }),
-            (Step::Open, None) => None,
-            _ => return None,
-        };
-        let watched = [Some(&vmm), Some(&vmctl), disk.as_ref().map(|d| &d.handle)];
-        for handle in watched.into_iter().flatten() {
-            self.watch.add(record.slot, handle).ok()?;
-        }
-        Some(Slot {
-            record: record.clone(),
-            vmm,
-            vmctl,
-            disk,
-            stderr: None,
-        })
-    }
-
     /// Writes what is about to be done.
     fn step(&self, record: &mut Record, step: Step) -> Result {
         record.step = step;
@@ -770,23 +528,6 @@ impl Warden {
             lock(&self.views).insert(record.slot, view);
         }
         Ok(())
-    }
-
-    /// Makes an empty ext4 in `file`, in a jail.
-    fn mkfs(&self, file: OwnedFd) -> Result {
-        let jail = plans::mkfs(&self.config.layout, file)?;
-        let mkfs = process::spawn(&self.config.launcher, "mke2fs", &jail.plan, &jail.fds())?
-            .go("mke2fs")?;
-        if !process::readable(mkfs.pidfd(), MKFS_WAIT) {
-            let _ = mkfs.kill(KILL_WAIT);
-            return Err(Error::internal("mke2fs took too long"));
-        }
-        match mkfs.reap() {
-            Some(0) => Ok(()),
-            status => Err(Error::internal(format!(
-                "mke2fs failed: {status:?} (install e2fsprogs)"
-            ))),
-        }
     }
 
     fn image(&self, id: &str) -> Result<OwnedFd> {
@@ -838,17 +579,6 @@ impl Warden {
     }
 }
 
-/// The fields of [`Op::DiskOpen`].
-struct DiskAsk {
-    workspace: WorkspaceId,
-    start_id: StartId,
-    purpose: Purpose,
-    nonce: String,
-    disk_mb: u32,
-    bytes_per_s: u64,
-    ops_per_s: u64,
-}
-
 fn check_slot(slot: u16) -> Result {
     check_range("slot", slot.into(), &(0..=u32::from(bounds::SLOTS_MAX) - 1))
 }
@@ -870,17 +600,6 @@ fn vm_group(slot: u16) -> String {
 
 fn disk_group(slot: u16) -> String {
     format!("disk-{slot}")
-}
-
-fn seqpacket() -> Result<(OwnedFd, OwnedFd)> {
-    use rustix::net::{AddressFamily, SocketFlags, SocketType};
-    rustix::net::socketpair(
-        AddressFamily::UNIX,
-        SocketType::SEQPACKET,
-        SocketFlags::CLOEXEC,
-        None,
-    )
-    .at("make", "a channel")
 }
 
 /// A pipe that neither end waits on: what does not fit is lost, so a VMM can fill nothing.

@@ -9,7 +9,7 @@ use warden::{Machine, Vmm};
 use world::*;
 
 #[test]
-fn a_vmm_is_alone_in_its_jail() {
+fn i14_a_vmm_is_alone_in_its_jail() {
     in_netns(|| {
         let world = World::new();
         let w = world.open(None);

@@ -19,7 +19,7 @@ use world::*;
 const SILENCE: Duration = Duration::from_millis(400);
 
 #[test]
-fn nothing_passes_but_an_open_triple() {
+fn i13_nothing_passes_but_an_open_triple() {
     in_netns(|| {
         let mut nft = Nft::open(network(), EDGE_UID).unwrap();
         nft.rebuild(&[]).unwrap();

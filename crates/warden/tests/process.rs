@@ -61,7 +61,7 @@ fn run_victim(world: &World, step: Option<Step>) {
 }
 
 #[test]
-fn a_warden_that_dies_at_any_step_leaves_nothing_or_a_slot_that_rests() {
+fn i12_a_warden_that_dies_at_any_step_leaves_nothing_or_a_slot_that_rests() {
     in_netns(|| {
         for step in Step::ALL {
             let world = World::new();
@@ -158,7 +158,7 @@ fn an_adopted_slot_keeps_its_openings_and_notices_deaths() {
 }
 
 #[test]
-fn the_socket_refuses_strangers_and_nonsense() {
+fn i11_the_socket_refuses_strangers_and_nonsense() {
     in_netns(|| {
         let world = World::new();
         let uids = format!("{{\"host\":{HOST_UID},\"edge\":{EDGE_UID}}}");

@@ -9,7 +9,7 @@ mod world;
 use api::agent::{Attach, GuestConfig};
 use api::mint::TokenState;
 use api::vmctl;
-use api::warden::{DiskOpened, Op, Start, VmOpened};
+use api::warden::{DiskOpened, Op, SlotState, Start, VmOpened};
 use seal::hpke::PublicKey;
 use seal::sign::{Signed, SigningKey};
 use serde::de::DeserializeOwned;
@@ -30,7 +30,7 @@ fn a_workspace_from_template_to_teardown() {
     };
     in_netns(move || {
         let world = World::with_artifacts(&artifacts);
-        let w = world.open(None);
+        let mut w = world.open(None);
         // Build.
         w.answer(vm_open(&world, 0, Start::Build)).unwrap();
         ask::<vmctl::Status>(&world, 0, &vmctl::Op::Prepare);
@@ -60,6 +60,12 @@ fn a_workspace_from_template_to_teardown() {
             })
             .unwrap();
             assert!(dial(EDGE_UID, to(9991)), "{how:?}");
+            // Another warden takes over a workspace that runs.
+            drop(w);
+            w = world.open(None);
+            let slots = status(&w).slots;
+            assert_eq!((slots.len(), slots[0].state), (1, SlotState::DiskAttached));
+            assert!(dial(EDGE_UID, to(9991)), "{how:?}");
             assert!(!dial(EDGE_UID, to(9990)));
             assert!(!dial(0, to(9991)), "root is not the edge");
             w.answer(Op::NetSet { slot, open: vec![] }).unwrap();
@@ -67,6 +73,10 @@ fn a_workspace_from_template_to_teardown() {
             ask::<vmctl::Status>(&world, slot, &vmctl::Op::Pause);
             ask::<vmctl::Status>(&world, slot, &vmctl::Op::Resume);
             ask::<vmctl::Status>(&world, slot, &vmctl::Op::Shutdown { grace_ms: 30_000 });
+            let disk = slots[0].disk_pid.unwrap();
+            until("the disk ends with its VMM", || {
+                warden::process::Proc::of(disk).is_none()
+            });
             w.answer(Op::SlotClose { slot }).unwrap();
             world.assert_clean();
         }

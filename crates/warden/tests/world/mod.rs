@@ -308,11 +308,8 @@ pub fn edge(port: u16) -> Open {
 pub fn in_netns<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static) -> T {
     let run = move || {
         // SAFETY: unshares the network namespace of this thread alone.
-        assert_eq!(
-            unsafe { libc::unshare(libc::CLONE_NEWNET) },
-            0,
-            "needs root"
-        );
+        let done = unsafe { libc::unshare(libc::CLONE_NEWNET) };
+        assert_eq!(done, 0, "needs root");
         f()
     };
     match std::thread::spawn(run).join() {
@@ -325,10 +322,8 @@ pub fn in_netns<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static) -> T 
 pub fn as_uid<T: Send + 'static>(uid: u32, f: impl FnOnce() -> T + Send + 'static) -> T {
     let run = move || {
         // SAFETY: the raw call changes this thread alone, which ends with `f`.
-        assert_eq!(
-            unsafe { libc::syscall(libc::SYS_setresuid, uid, uid, uid) },
-            0
-        );
+        let done = unsafe { libc::syscall(libc::SYS_setresuid, uid, uid, uid) };
+        assert_eq!(done, 0);
         f()
     };
     std::thread::spawn(run).join().unwrap()

@@ -1,0 +1,217 @@
+//! The disk of a slot: from a VM that waits for one to a volume that its guest has.
+
+use super::{Slot, Warden, check_range, disk_group, lock};
+use crate::diskproc::{self, Disk};
+use crate::fault::{At, Result, conflict, invalid, missing};
+use crate::journal::Step;
+use crate::layout::check_digest_id;
+use crate::limits::{DISK_UID, KILL_WAIT, MKFS_WAIT, SEALED_MAX_BYTES, VMM_UID};
+use crate::{plans, process, vm};
+use api::Error;
+use api::warden::{DiskOpened, Start};
+use model::limits as bounds;
+use model::{Purpose, StartId, WorkspaceId};
+use rustix::fd::{AsFd, OwnedFd};
+
+/// The fields of [`Op::DiskOpen`].
+pub(super) struct DiskAsk {
+    pub(super) workspace: WorkspaceId,
+    pub(super) start_id: StartId,
+    pub(super) purpose: Purpose,
+    pub(super) nonce: String,
+    pub(super) disk_mb: u32,
+    pub(super) bytes_per_s: u64,
+    pub(super) ops_per_s: u64,
+}
+
+impl Warden {
+    pub(super) fn disk_open(&self, slot: u16, ask: DiskAsk) -> Result<DiskOpened> {
+        check_range("disk_mb", ask.disk_mb, &bounds::DISK_MB)?;
+        check_digest_id("nonce", &ask.nonce)?;
+        let cell = self.cell(slot);
+        let mut held = lock(&cell);
+        let s = held
+            .as_mut()
+            .ok_or_else(|| missing(format!("slot {slot} is empty")))?;
+        if s.record.step != Step::Open || s.record.dead || s.record.how == Start::Build {
+            return Err(conflict(format!(
+                "slot {slot} holds no VM that waits for a disk"
+            )));
+        }
+        if !lock(&self.in_use).insert(ask.workspace.clone()) {
+            return Err(conflict("the workspace's disk is in use; stop it first"));
+        }
+        s.record.workspace = Some(ask.workspace.clone());
+        s.record.start_id = Some(ask.start_id.clone());
+        let opened = self.disk_open_steps(s, ask);
+        if opened.is_err() {
+            self.fail(s);
+        }
+        opened
+    }
+
+    fn disk_open_steps(&self, s: &mut Slot, ask: DiskAsk) -> Result<DiskOpened> {
+        let slot = s.record.slot;
+        let layout = &self.config.layout;
+        let uid = DISK_UID + u32::from(slot);
+        let exe = plans::executable(&self.config.programs, "casemate-disk")?;
+        let measurement = self.digests.of(&exe, "casemate-disk")?;
+        self.step(&mut s.record, Step::DiskBegin)?;
+        let backing = self.disks.open(&ask.workspace, uid)?;
+        s.record.fresh = backing.fresh;
+        let shipped = layout.artifacts().join("ext4");
+        let ext4 = diskproc::ext4_template(
+            &shipped,
+            &layout.state().join("ext4"),
+            ask.disk_mb,
+            |file| self.mkfs(file),
+        )?;
+        let group = disk_group(slot);
+        self.cgroups.create(&group, plans::disk_bounds())?;
+        let mount = diskproc::mount(VMM_UID + u32::from(slot))?;
+        let (control, theirs) = seqpacket()?;
+        let keep = backing
+            .file
+            .try_clone()
+            .at("keep the disk of", &ask.workspace)?;
+        let argv = vec![
+            "casemate-disk".into(),
+            "--size-mb".into(),
+            ask.disk_mb.to_string(),
+            "--bytes-per-s".into(),
+            ask.bytes_per_s.to_string(),
+            "--ops-per-s".into(),
+            ask.ops_per_s.to_string(),
+            "--uid".into(),
+            (VMM_UID + u32::from(slot)).to_string(),
+        ];
+        let pass = vec![theirs, backing.file, mount.server, ext4, mount.second];
+        let channel = control
+            .try_clone()
+            .at("keep the channel of", &ask.workspace)?;
+        let jail = plans::disk(
+            layout,
+            slot,
+            exe,
+            channel,
+            argv,
+            pass,
+            self.cgroups.dirs(&group),
+        )?;
+        let waiting = process::spawn(&self.config.launcher, "the disk", &jail.plan, &jail.fds())?;
+        // From here on the process alone holds the connection: its death ends the mount.
+        drop(jail);
+        s.record.disk = Some(waiting.handle.proc);
+        self.step(&mut s.record, Step::DiskJailed)?;
+        let handle = waiting.go("the disk")?;
+        self.watch.add(slot, &handle)?;
+        let disk = s.disk.insert(Disk {
+            handle,
+            control: Some(control),
+            mount: Some(mount.mount),
+            file: Some(keep),
+        });
+        let hpke_pub = disk.hello()?;
+        self.step(&mut s.record, Step::DiskWaits)?;
+        let attestation = self.machine.attest(
+            &ask.workspace,
+            &ask.start_id,
+            ask.purpose,
+            ask.nonce,
+            hpke_pub,
+            measurement,
+        )?;
+        Ok(DiskOpened {
+            attestation,
+            fresh: s.record.fresh,
+        })
+    }
+
+    pub(super) fn disk_grant(&self, slot: u16, sealed: String, aad: String) -> Result<bool> {
+        if sealed.len() > SEALED_MAX_BYTES {
+            return Err(invalid("sealed must be at most 16 KiB"));
+        }
+        check_digest_id("aad", &aad)?;
+        let cell = self.cell(slot);
+        let mut held = lock(&cell);
+        let s = held
+            .as_mut()
+            .ok_or_else(|| missing(format!("slot {slot} is empty")))?;
+        if s.record.step != Step::DiskWaits || s.record.dead {
+            return Err(conflict(format!(
+                "slot {slot} has no disk that waits for its key"
+            )));
+        }
+        let granted = self.disk_grant_steps(s, sealed, aad);
+        if granted.is_err() {
+            self.fail(s);
+        }
+        granted.map(|()| true)
+    }
+
+    fn disk_grant_steps(&self, s: &mut Slot, sealed: String, aad: String) -> Result {
+        let slot = s.record.slot;
+        self.step(&mut s.record, Step::DiskGrant)?;
+        let gone = || Error::internal("the disk process is gone");
+        let disk = s.disk.as_mut().ok_or_else(gone)?;
+        let size_bytes = disk.grant(sealed, aad, s.record.fresh)?;
+        if let (true, Some(workspace), Some(file)) =
+            (s.record.fresh, &s.record.workspace, &disk.file)
+        {
+            self.disks.keep(workspace, file)?;
+            s.record.fresh = false;
+        }
+        self.step(&mut s.record, Step::DiskReady)?;
+        let disk = s.disk.as_mut().ok_or_else(gone)?;
+        let mount = disk.mount.take().ok_or_else(gone)?;
+        let plan = plans::mount_opener(&self.config.layout, slot);
+        let file = process::open_mount(
+            &self.config.launcher,
+            "the disk's file",
+            &plan,
+            mount.as_fd(),
+        )?;
+        vm::hand_over(&self.config.layout, slot, file, size_bytes)?;
+        drop(mount);
+        self.step(&mut s.record, Step::DiskAttached)
+    }
+
+    pub(super) fn disk_erase(&self, workspace: &WorkspaceId) -> Result<bool> {
+        let mut in_use = lock(&self.in_use);
+        if !in_use.insert(workspace.clone()) {
+            return Err(conflict("the workspace's disk is in use; stop it first"));
+        }
+        drop(in_use);
+        let erased = self.disks.erase(workspace);
+        lock(&self.in_use).remove(workspace);
+        erased.map(|()| true)
+    }
+
+    /// Makes an empty ext4 in `file`, in a jail.
+    fn mkfs(&self, file: OwnedFd) -> Result {
+        let jail = plans::mkfs(&self.config.layout, file)?;
+        let mkfs = process::spawn(&self.config.launcher, "mke2fs", &jail.plan, &jail.fds())?
+            .go("mke2fs")?;
+        if !process::readable(mkfs.pidfd(), MKFS_WAIT) {
+            let _ = mkfs.kill(KILL_WAIT);
+            return Err(Error::internal("mke2fs took too long"));
+        }
+        match mkfs.reap() {
+            Some(0) => Ok(()),
+            status => Err(Error::internal(format!(
+                "mke2fs failed: {status:?} (install e2fsprogs)"
+            ))),
+        }
+    }
+}
+
+fn seqpacket() -> Result<(OwnedFd, OwnedFd)> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType};
+    rustix::net::socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .at("make", "a channel")
+}
