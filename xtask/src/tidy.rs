@@ -26,7 +26,7 @@ const BARE: &[&str] = &["disk", "warden", "vmm", "guest"];
 ///
 /// # Errors
 /// All faults, a line each.
-pub fn run(root: &Path) -> anyhow::Result<()> {
+pub(crate) fn run(root: &Path) -> anyhow::Result<()> {
     let mut faults = Vec::new();
     crates(root, &mut faults)?;
     let files = tracked(root)?;

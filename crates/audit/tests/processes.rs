@@ -394,7 +394,7 @@ impl World {
 }
 
 #[test]
-fn each_user_can_do_its_part_and_nothing_else() {
+fn i6_each_user_can_do_its_part_and_nothing_else() {
     let mut w = World::new();
     w.start_with_keys();
     w.start("audit-read");

@@ -151,7 +151,7 @@ async fn a_workspace_lives_from_creation_to_erasure() {
 
 /// The operation table is walked: as nobody, as a stranger, and as the owner.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn each_operation_is_closed_to_others_and_each_act_leaves_entries() {
+async fn i19_each_operation_is_closed_to_others_and_each_act_leaves_entries() {
     let w = World::sqlite().await;
     for o in OPERATIONS
         .iter()
@@ -268,7 +268,7 @@ async fn each_operation_is_closed_to_others_and_each_act_leaves_entries() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_assertion_serves_the_request_it_is_of_and_once() {
+async fn i18_an_assertion_serves_the_request_it_is_of_and_once() {
     let w = World::sqlite().await;
     let head = |a: &str| format!("casemate-assertion: {a}\r\n");
     let a = w.assertion(1, "GET", "/workspace", b"");

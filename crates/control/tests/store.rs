@@ -70,7 +70,7 @@ fn workspace(n: u8) -> Workspace {
 }
 
 #[tokio::test]
-async fn rows_come_back_as_they_were_and_only_to_their_account() {
+async fn i24_rows_come_back_as_they_were_and_only_to_their_account() {
     let s = stores().await;
     for store in &s.all {
         let w = Workspace {

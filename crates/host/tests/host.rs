@@ -143,7 +143,7 @@ async fn rules_follow_the_wish_and_are_there_before_the_guest() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_start_that_fails_at_any_step_leaves_nothing_and_the_next_one_works() {
+async fn i23_a_start_that_fails_at_any_step_leaves_nothing_and_the_next_one_works() {
     let mut w = World::new(0).await;
     for (n, step) in ["warden.vm_open", "vmctl.prepare"]
         .iter()

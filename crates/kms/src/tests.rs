@@ -84,7 +84,7 @@ async fn every_answer_has_its_entry() {
 }
 
 #[tokio::test]
-async fn without_the_log_nothing_is_released_and_deletion_goes_on() {
+async fn i3_without_the_log_nothing_is_released_and_deletion_goes_on() {
     let w = World::new().await;
     let (me, ws) = (account(1), workspace(1));
     w.create(&me, &ws).await.unwrap();

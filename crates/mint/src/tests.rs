@@ -373,7 +373,7 @@ async fn a_revoked_key_ends_at_once_and_for_good() {
 }
 
 #[tokio::test]
-async fn only_the_owner_and_only_by_a_real_assertion() {
+async fn i22_only_the_owner_and_only_by_a_real_assertion() {
     let w = World::new().await;
     let (c, stranger) = (w.client().await, w.client().await);
     w.register(&c, &ws(1)).await.unwrap();

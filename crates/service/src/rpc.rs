@@ -310,7 +310,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_stranger_is_not_heard() {
+    async fn i2_a_stranger_is_not_heard() {
         let (_dir, path, _stop) = world(4_000_000);
         let e = Client::new(&path)
             .call::<_, u64>("r", &Op::Double { n: 1 })

@@ -121,7 +121,7 @@ fn status_is_answered_and_pieces_are_put_together() {
 }
 
 #[test]
-fn what_is_no_request_is_refused() {
+fn i17_what_is_no_request_is_refused() {
     let mut w = world();
     for bad in [
         frame("nonsense"),

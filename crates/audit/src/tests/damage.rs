@@ -170,7 +170,7 @@ fn each_of_1000_mutations_of_the_log_on_disk_is_found() {
 }
 
 #[test]
-fn a_log_set_back_with_all_its_files_is_found_and_not_grown() {
+fn i7_a_log_set_back_with_all_its_files_is_found_and_not_grown() {
     let mut rig = Rig::new(&[10, 10]);
     let older = Rig::new(&[10]);
     let known = [rig.checkpoint()];

@@ -47,7 +47,7 @@ fn ours<B>(answer: &Response<B>) {
 }
 
 #[tokio::test]
-async fn control_gets_an_assertion_for_this_request_and_no_secret() {
+async fn i20_control_gets_an_assertion_for_this_request_and_no_secret() {
     let w = World::new().await;
     let answer = w
         .send(

@@ -131,7 +131,7 @@ async fn a_client_that_goes_away_frees_the_guest() {
 }
 
 #[tokio::test]
-async fn without_mint_or_host_nothing_passes() {
+async fn i21_without_mint_or_host_nothing_passes() {
     let w = World::new().await;
     let ws = w.workspace(1).await;
     let token = ws.token(|_| {});

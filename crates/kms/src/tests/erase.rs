@@ -101,7 +101,7 @@ async fn strangers_destroy_nothing() {
 /// DSK-4: a backup of the state, today's state, today's slots and the unseal secret together do
 /// not open what was destroyed. The attack is carried out, key by key.
 #[tokio::test]
-async fn a_backup_and_every_secret_of_today_open_nothing() {
+async fn i5_a_backup_and_every_secret_of_today_open_nothing() {
     let w = World::new().await;
     let (me, ws) = (account(1), workspace(1));
     w.create(&me, &ws).await.unwrap();

@@ -89,7 +89,7 @@ impl Mutation {
 }
 
 #[tokio::test]
-async fn ten_thousand_hostile_requests_release_nothing() {
+async fn i4_ten_thousand_hostile_requests_release_nothing() {
     const MUTATED: u32 = 9_000;
     const REPLAYED: u64 = 1_000;
     let w = World::new().await;
