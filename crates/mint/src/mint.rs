@@ -14,18 +14,19 @@
 //! Must never: take anybody's word for who is asking, tell an unknown key from a wrong secret, or
 //! tell another account's workspace from one that does not exist.
 
+mod operator;
+
 use crate::book::Book;
 use crate::error::MintError;
 use crate::keys::Keys;
 use crate::limits::*;
 use crate::metrics::Metrics;
 use crate::refusals::Refusals;
-use crate::store::{ApiKey, Store, Workspace};
+use crate::store::{Store, Workspace};
 use api::audit::{Class, Entry, Phase};
 use api::limits::{ASSERTION_MAX_MS, GATEWAY_TOKEN_MAX_S};
 use api::mint::{
-    AccountMade, Assertion, Changes, Credential, Gateway, GatewayClaims, KeyMade, Op, Policy,
-    PolicyAct, Raw, TokenState,
+    Assertion, Changes, Credential, Gateway, GatewayClaims, Op, Policy, PolicyAct, Raw, TokenState,
 };
 use api::{Error, ErrorCode, context};
 use model::{AccountId, KeyId, WorkspaceId};
@@ -535,73 +536,6 @@ impl Inner {
         ))
     }
 
-    async fn account_create(&self, call: &Call, name: &str) -> api::Result<AccountMade> {
-        name_check(name)?;
-        let id = AccountId::from_bytes(seal::random::bytes());
-        let e = entry(call, "mint.account_create", "operator", &id, None);
-        self.log.append(Class::Host, e).await?;
-        let _writer = self.writer.lock().await;
-        if self.book().accounts() >= ACCOUNTS_MAX {
-            return Err(Error::new(ErrorCode::QuotaExceeded, "too many accounts"));
-        }
-        self.store
-            .account_insert(&id, name, self.clock.now_ms())
-            .await?;
-        self.book_mut().account_put(id.clone());
-        Ok(AccountMade { account: id })
-    }
-
-    async fn key_create(
-        &self,
-        call: &Call,
-        account: &AccountId,
-        name: &str,
-    ) -> api::Result<KeyMade> {
-        name_check(name)?;
-        if !self.book().has_account(account) {
-            return Err(Error::new(ErrorCode::NotFound, "there is no such account"));
-        }
-        let (made, mac) = self.keys.api_key_make();
-        let mut e = entry(call, "mint.key_create", "operator", account, None);
-        e.subject = Some(made.client_id.to_string());
-        self.log.append(Class::Host, e).await?;
-        let _writer = self.writer.lock().await;
-        if self.book().keys() >= ACCOUNTS_MAX {
-            return Err(Error::new(ErrorCode::QuotaExceeded, "too many API keys"));
-        }
-        let row = ApiKey {
-            id: made.client_id.clone(),
-            account: account.clone(),
-            mac,
-            revoked: false,
-        };
-        self.store
-            .api_key_insert(&row, name, self.clock.now_ms())
-            .await?;
-        self.book_mut().key_put(row);
-        Ok(made)
-    }
-
-    async fn key_revoke(&self, call: &Call, id: &KeyId) -> api::Result<bool> {
-        let known = self.book().key(id).cloned();
-        let Some(mut row) = known else {
-            return Err(Error::new(ErrorCode::NotFound, "there is no such API key"));
-        };
-        if row.revoked {
-            return Ok(true);
-        }
-        let mut e = entry(call, "mint.key_revoke", "operator", &row.account, None);
-        e.subject = Some(id.to_string());
-        let waiting = self.log_closing(&e).await?;
-        let _writer = self.writer.lock().await;
-        self.store
-            .api_key_revoke(id, self.clock.now_ms(), waiting.as_deref())
-            .await?;
-        row.revoked = true;
-        self.book_mut().key_put(row);
-        Ok(true)
-    }
-
     /// Logs a change to one's own workspace, then makes it.
     async fn workspace_change(
         &self,
@@ -812,17 +746,6 @@ fn not_found() -> Error {
 
 fn refused(why: &str) -> Error {
     Error::new(ErrorCode::KeyRefused, why)
-}
-
-fn name_check(name: &str) -> api::Result<()> {
-    let chars = name.chars().count();
-    if chars == 0 || chars > NAME_MAX_CHARS || name.chars().any(char::is_control) {
-        return Err(Error::new(
-            ErrorCode::ValidationError,
-            "name must have 1 to 255 characters, and no control characters",
-        ));
-    }
-    Ok(())
 }
 
 fn is_hex_64(text: &str) -> bool {
