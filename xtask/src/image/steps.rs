@@ -193,9 +193,6 @@ pub(crate) mod cargo {
             // way of a start; the kernel's generator was reseeded just before.
             .env("AWS_LC_SYS_NO_JITTER_ENTROPY", "1")
             .env("CARGO_PROFILE_RELEASE_STRIP", "symbols")
-            // AWS-LC's jitter source costs a translated guest 0.4 s at its first random byte. The
-            // guest's kernel was reseeded for this very start, and RDRAND is mixed in.
-            .env("AWS_LC_SYS_NO_JITTER_ENTROPY", "1")
             .status()
             .context("start cargo")?;
         if !status.success() {
