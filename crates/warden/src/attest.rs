@@ -136,3 +136,28 @@ fn unhex(text: &str) -> Option<[u8; 32]> {
     }
     Some(out)
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use std::os::unix::fs::PermissionsExt as _;
+
+    #[test]
+    fn a_machine_is_made_once_and_its_key_is_its_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = Layout::new(dir.path());
+        assert!(Machine::load(&layout).is_err());
+        let first = Machine::init(&layout).unwrap().trust();
+        assert_eq!(Machine::init(&layout).unwrap().trust(), first);
+        let key = layout.state().join("attest.key");
+        assert_eq!(
+            std::fs::metadata(&key).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
+        for damage in ["", "00", &"g".repeat(64), &"é".repeat(32)] {
+            std::fs::write(&key, damage).unwrap();
+            assert!(Machine::load(&layout).is_err(), "{damage:?}");
+        }
+    }
+}

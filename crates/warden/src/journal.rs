@@ -193,3 +193,50 @@ fn parse(slot: u16, path: &Path) -> Option<Record> {
         .ok()
         .filter(|r: &Record| r.v == 1 && r.slot == slot)
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use proptest::prelude::*;
+
+    fn read(text: &[u8]) -> Vec<(u16, Option<Record>)> {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("7.json"), text).unwrap();
+        Journal::new(dir.path().into()).read().unwrap()
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_no_entry_is_an_unknown_slot(text in proptest::collection::vec(any::<u8>(), 0..300)) {
+            prop_assert_eq!(read(&text), vec![(7, None)]);
+        }
+
+        #[test]
+        fn an_entry_comes_back_and_a_torn_one_does_not(step in 0..Step::ALL.len(), port: u16, cut in 1usize..50) {
+            let dir = tempfile::tempdir().unwrap();
+            let journal = Journal::new(dir.path().into());
+            let record = Record {
+                v: 1,
+                slot: 7,
+                step: Step::ALL[step],
+                how: Start::Cold,
+                image: "0".repeat(64),
+                memory_mb: 256,
+                cpus: 1,
+                vmm: Some(Proc { pid: 1, start: 2 }),
+                vmctl: None,
+                disk: None,
+                workspace: Some(WorkspaceId::from_bytes([1; 8])),
+                start_id: None,
+                fresh: true,
+                open: vec![Open { source: api::warden::Source::Slot(3), port }],
+                dead: false,
+            };
+            journal.write(&record).unwrap();
+            prop_assert_eq!(journal.read().unwrap(), vec![(7, Some(record))]);
+            let text = std::fs::read(dir.path().join("7.json")).unwrap();
+            prop_assert_eq!(read(&text[..text.len() - cut]), vec![(7, None)]);
+        }
+    }
+}

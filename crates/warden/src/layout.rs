@@ -263,3 +263,61 @@ impl Digests {
         Ok(digest)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn nothing_is_opened_through_a_link_or_upwards() {
+        let dir = tempfile::tempdir().unwrap();
+        let inside = dir.path().join("inside");
+        std::fs::create_dir(&inside).unwrap();
+        std::fs::write(dir.path().join("secret"), "x").unwrap();
+        std::fs::write(inside.join("file"), "x").unwrap();
+        std::os::unix::fs::symlink("file", inside.join("link")).unwrap();
+        std::os::unix::fs::symlink("..", inside.join("up")).unwrap();
+        assert!(open_beneath(&inside, "file", OFlags::RDONLY, 0).is_ok());
+        for name in [
+            "link",
+            "up/secret",
+            "../secret",
+            "/etc/passwd",
+            "./../secret",
+            "",
+        ] {
+            assert!(
+                open_beneath(&inside, name, OFlags::RDONLY, 0).is_err(),
+                "{name:?}"
+            );
+        }
+        assert!(read_small(&inside.join("link")).is_err());
+        assert_eq!(read_small(&inside.join("none")).unwrap(), None);
+    }
+
+    #[test]
+    fn a_file_is_hashed_again_when_it_changes() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        let digests = Digests::default();
+        let of = |text: &str| {
+            std::fs::write(&path, text).unwrap();
+            digests
+                .of(std::fs::File::open(&path).unwrap(), "f")
+                .unwrap()
+        };
+        assert_eq!(of("abc"), hex(&seal::hash::sha256(b"abc")));
+        assert_eq!(of("abcd"), hex(&seal::hash::sha256(b"abcd")));
+    }
+
+    proptest! {
+        #[test]
+        fn an_image_id_is_never_a_path(id in ".{0,80}") {
+            if check_digest_id("image", &id).is_ok() {
+                prop_assert!(id.len() == 64 && id.bytes().all(|b| b.is_ascii_alphanumeric()));
+            }
+        }
+    }
+}

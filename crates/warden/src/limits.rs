@@ -45,8 +45,8 @@ pub const VMM_OVERHEAD_MB: u64 = 128;
 pub const DISK_MEMORY_MB: u64 = 128;
 /// Memory the kernel must not take from a disk process (cgroup v2), MiB.
 pub const DISK_MEMORY_MIN_MB: u64 = 16;
-/// Threads of a VMM besides its virtual CPUs.
-pub const PIDS_MAX: u64 = 64;
+/// Threads of a VMM (its pool for file I/O alone may have 64) and its vmctl, besides virtual CPUs.
+pub const PIDS_MAX: u64 = 128;
 /// Open files of a jailed process.
 pub const NOFILE_MAX: u64 = 256;
 /// Number of the executable's descriptor while a jail is set up: above [`NOFILE_MAX`], so that

@@ -76,6 +76,7 @@ fn i14_a_vmm_is_alone_in_its_jail() {
             "CapAmb:\t0000000000000000",
             "NoNewPrivs:\t1",
             "Seccomp:\t2",
+            "SigBlk:\t0000000000000000",
         ] {
             assert!(facts.contains(fact), "{fact:?} in {facts}");
         }
