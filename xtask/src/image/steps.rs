@@ -189,9 +189,6 @@ pub(crate) mod cargo {
             .current_dir(&root)
             .env_remove("CARGO_ENCODED_RUSTFLAGS")
             .env("RUSTFLAGS", "-C target-feature=+crt-static")
-            // AWS-LC would time the processor's jitter at the first random byte, which is on the
-            // way of a start; the kernel's generator was reseeded just before.
-            .env("AWS_LC_SYS_NO_JITTER_ENTROPY", "1")
             .env("CARGO_PROFILE_RELEASE_STRIP", "symbols")
             .status()
             .context("start cargo")?;

@@ -217,6 +217,9 @@ impl Platform {
     /// Processes, mounts, namespaces and cgroups of this installation that are still there.
     pub(crate) fn leftovers(&self) -> Vec<String> {
         let root = self.root().to_string_lossy().into_owned();
+        // Warden's name of the installation, in the control groups of what it confines.
+        let lib = seal::hash::sha256(format!("{root}/var/lib/casemate").as_bytes());
+        let instance = hex::encode(&lib[..4]);
         let mut left = Vec::new();
         for process in std::fs::read_dir("/proc").unwrap().flatten() {
             let Ok(pid) = process.file_name().to_string_lossy().parse::<u32>() else {
@@ -224,20 +227,10 @@ impl Platform {
             };
             let read = |f: &str| std::fs::read(process.path().join(f)).unwrap_or_default();
             let line = String::from_utf8_lossy(&read("cmdline")).replace('\0', " ");
-            let uids = String::from_utf8_lossy(&read("status")).into_owned();
-            let uid: u32 = uids
-                .lines()
-                .find_map(|l| {
-                    l.strip_prefix("Uid:")?
-                        .split_whitespace()
-                        .next()?
-                        .parse()
-                        .ok()
-                })
-                .unwrap_or(0);
-            let confined = (900_000..930_000).contains(&uid);
-            if (line.contains(&root) || confined) && pid != std::process::id() {
-                left.push(format!("process {pid} uid {uid}: {line}"));
+            let cgroup = String::from_utf8_lossy(&read("cgroup")).into_owned();
+            let ours = line.contains(&root) || cgroup.contains(&instance);
+            if ours && pid != std::process::id() {
+                left.push(format!("process {pid}: {line}"));
             }
         }
         let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
