@@ -1,6 +1,6 @@
 //! The whole life of a workspace's VM with the real VMM, vmctl and disk, in warden's own jails.
 //!
-//! Needs artifacts (`cargo xtask image`) in `target/tmp/artifacts` or on the machine; says so and
+//! Needs artifacts (`cargo xtask image`) in `target/artifacts` or on the machine; says so and
 //! passes where there are none.
 #![allow(clippy::unwrap_used, unsafe_code, missing_docs)]
 
@@ -165,7 +165,7 @@ fn ask<T: DeserializeOwned>(world: &World, slot: u16, op: &vmctl::Op) -> T {
 }
 
 fn artifacts() -> Option<PathBuf> {
-    let built = Path::new(env!("CARGO_TARGET_TMPDIR")).join("artifacts");
+    let built = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("artifacts");
     [built, "/var/lib/casemate/artifacts".into()]
         .into_iter()
         .find(|p| p.join("kernel").exists())
