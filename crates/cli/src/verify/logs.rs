@@ -109,8 +109,9 @@ pub(super) async fn log_3(w: &mut World<'_>) -> anyhow::Result<Finding> {
     let segments = w.probe.paths.state("audit-append");
     let mut tried = 0;
     for process in processes::ALL.iter().filter(|p| !p.root && !p.log_group) {
+        // In subshells: a redirection that fails ends the shell.
         let script = format!(
-            "cat {c} >/dev/null 2>&1 && echo read; : 2>/dev/null >> {c} && echo write; rm -f {c} 2>/dev/null && echo unlink; ls {s} >/dev/null 2>&1 && echo list; mv {c} {c}.x 2>/dev/null && echo rename",
+            "cat {c} >/dev/null 2>&1 && echo read; (: >> {c}) 2>/dev/null && echo write; rm -f {c} 2>/dev/null && echo unlink; ls {s} >/dev/null 2>&1 && echo list; mv {c} {c}.x 2>/dev/null && echo rename",
             c = checkpoint.display(),
             s = segments.display()
         );
@@ -142,7 +143,7 @@ pub(super) async fn log_3(w: &mut World<'_>) -> anyhow::Result<Finding> {
         ])
         .args(["--groups", processes::LOG_GROUP, "--", "sh", "-c"])
         .arg(format!(
-            "rm -f {c} 2>/dev/null; : 2>/dev/null >> {c} && echo write",
+            "rm -f {c} 2>/dev/null; (: >> {c}) 2>/dev/null && echo write",
             c = checkpoint.display()
         ))
         .output()?;
