@@ -106,8 +106,10 @@ const ALLOWED: &[(libc::c_long, When)] = &[
     (libc::SYS_getpid, When::Always),
     (libc::SYS_gettid, When::Always),
     (libc::SYS_tgkill, When::Always),
-    // The end: of a thread (which gives its signal stack back), of the process.
+    // The end: of a thread (which gives its signal stack back), of the process; the standard
+    // library parks every thread but the first that ends the process.
     (libc::SYS_sigaltstack, When::Always),
+    (libc::SYS_pause, When::Always),
     (libc::SYS_exit, When::Always),
     (libc::SYS_exit_group, When::Always),
 ];
