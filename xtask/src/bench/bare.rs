@@ -1,7 +1,8 @@
 //! The baselines: QEMU alone, without jail, disk, keys, network or log around it.
 //!
 //! The same executable, firmware, machine, template, kernel, initramfs and image as the platform's;
-//! the command line is [`vmm::qemu::argv`]'s with other descriptor numbers and no tap.
+//! the command line is [`vmm::qemu::argv`]'s with other descriptor numbers and a tap that QEMU
+//! makes.
 
 use super::platform::Platform;
 use anyhow::{Context as _, Result, bail, ensure};
@@ -145,7 +146,7 @@ impl Bare {
             memory_mib,
             cpus: 1,
             accel: self.accel,
-            net: Net::Nowhere,
+            net: Net::Tap,
             paths: Paths {
                 image: self.image.clone(),
                 kernel: kernel.join("vmlinux"),
@@ -192,6 +193,12 @@ fn renumbered(word: OsString, here: &[(i32, i32)]) -> OsString {
     let Some(text) = word.to_str() else {
         return word;
     };
+    if text.starts_with("tap,") {
+        // The template wants the same offloads, which only a tap has.
+        let name = std::process::id();
+        let own = format!("tap,id=net,ifname=cmb{name},script=no,downscript=no,vhost=off");
+        return own.into();
+    }
     if !text.starts_with("socket,id=") && !text.starts_with("fd=") {
         return word;
     }

@@ -38,7 +38,7 @@ impl Platform {
         config.network.base = Ipv4Addr::new(10, 118, 0, 0);
         config.host.pool_size = pool_size;
         config.limits.disk_bytes_per_s = 1 << 40;
-        config.limits.disk_ops_per_s = 1_000_000_000;
+        config.limits.disk_ops_per_s = 1_000_000;
         let me = Self {
             paths,
             config,
