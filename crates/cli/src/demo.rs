@@ -57,10 +57,16 @@ pub fn run(paths: &Paths, config: &Config, options: &Options) -> anyhow::Result<
     if result.is_err() || !options.keep {
         let stopping = Instant::now();
         supervise::down(paths, false)?;
+        let left = supervise::leftovers(paths, config);
+        ensure!(
+            left.is_empty(),
+            "after `down` this is left: {}",
+            left.join(", ")
+        );
         if result.is_ok() {
             say(
                 "platform down",
-                "no VM, tap, mount or process is left",
+                "looked: no process, mount, network namespace or control group is left",
                 stopping,
             );
         }

@@ -141,6 +141,71 @@ pub fn down(paths: &Paths, keep_workspaces: bool) -> anyhow::Result<bool> {
     Ok(true)
 }
 
+/// What of the installation is on the machine although it is down: processes, mounts, the
+/// network namespace with its taps, control groups. Empty is as it should be.
+#[must_use]
+pub fn leftovers(paths: &Paths, config: &Config) -> Vec<String> {
+    // Warden's name of the installation, in the control groups of what it confines.
+    let lib = seal::hash::sha256(paths.state_dir().as_os_str().as_encoded_bytes());
+    let instance = hex::encode(&lib[..4]);
+    let mut left = Vec::new();
+    for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let pid = process.file_name().to_string_lossy().into_owned();
+        let in_group = fs::read_to_string(process.path().join("cgroup"))
+            .is_ok_and(|groups| groups.contains(&instance));
+        let exe = fs::read_link(process.path().join("exe")).unwrap_or_default();
+        let is_daemon = exe
+            .file_name()
+            .is_some_and(|n| ALL.iter().any(|p| n.as_encoded_bytes() == p.exe.as_bytes()));
+        let of_root = fs::read(process.path().join("cmdline"))
+            .is_ok_and(|line| runs_below(&line, paths.root()));
+        if in_group || (is_daemon && of_root) {
+            left.push(format!("process {pid} ({})", exe.display()));
+        }
+    }
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let state = paths.state_dir().to_string_lossy().into_owned();
+    let run = paths.run().to_string_lossy().into_owned();
+    let ours = |m: &&str| m.contains(&state) || m.contains(&run);
+    left.extend(mounts.lines().filter(ours).map(|m| format!("mount {m}")));
+    let fabric = processes::fabric_name(paths, config);
+    if fs::exists(format!("/run/netns/{fabric}")).unwrap_or(false) {
+        left.push(format!("network namespace {fabric}"));
+    }
+    for base in [
+        "/sys/fs/cgroup",
+        "/sys/fs/cgroup/memory",
+        "/sys/fs/cgroup/pids",
+    ] {
+        for group in fs::read_dir(base).into_iter().flatten().flatten() {
+            if group.file_name().to_string_lossy().contains(&instance) {
+                left.extend(children_of(&group.path()));
+            }
+        }
+    }
+    left
+}
+
+/// Whether a command line (NUL-separated) names this root, or none and it is the machine's own.
+fn runs_below(line: &[u8], root: &std::path::Path) -> bool {
+    let mut words = line.split(|b| *b == 0);
+    match words.find(|w| *w == b"--root").and_then(|_| words.next()) {
+        Some(named) => named == root.as_os_str().as_encoded_bytes(),
+        None => root == std::path::Path::new("/"),
+    }
+}
+
+/// Control groups below one that stays.
+fn children_of(group: &std::path::Path) -> Vec<String> {
+    fs::read_dir(group)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|e| e.path().is_dir())
+        .map(|e| format!("control group {}", e.path().display()))
+        .collect()
+}
+
 /// One process, as `status` shows it.
 #[derive(Debug, serde::Serialize)]
 pub struct Status {

@@ -214,39 +214,10 @@ impl Platform {
             .collect()
     }
 
-    /// Processes, mounts, namespaces and cgroups of this installation that are still there.
+    /// What of this installation is still on the machine.
     pub(crate) fn leftovers(&self) -> Vec<String> {
-        let root = self.root().to_string_lossy().into_owned();
-        // Warden's name of the installation, in the control groups of what it confines.
-        let lib = seal::hash::sha256(format!("{root}/var/lib/casemate").as_bytes());
-        let instance = hex::encode(&lib[..4]);
-        let mut left = Vec::new();
-        for process in std::fs::read_dir("/proc").unwrap().flatten() {
-            let Ok(pid) = process.file_name().to_string_lossy().parse::<u32>() else {
-                continue;
-            };
-            let read = |f: &str| std::fs::read(process.path().join(f)).unwrap_or_default();
-            let line = String::from_utf8_lossy(&read("cmdline")).replace('\0', " ");
-            let cgroup = String::from_utf8_lossy(&read("cgroup")).into_owned();
-            let ours = line.contains(&root) || cgroup.contains(&instance);
-            if ours && pid != std::process::id() {
-                left.push(format!("process {pid}: {line}"));
-            }
-        }
-        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
-        left.extend(
-            mounts
-                .lines()
-                .filter(|l| l.contains(&root))
-                .map(|l| format!("mount {l}")),
-        );
-        let netns = Command::new("ip").args(["netns", "list"]).output().unwrap();
-        let digest = seal::hash::sha256(root.as_bytes());
-        let name = format!("casemate-{}", hex::encode(&digest[..4]));
-        if String::from_utf8_lossy(&netns.stdout).contains(&name) {
-            left.push(format!("netns {name}"));
-        }
-        left
+        let paths = service::paths::Paths::new(self.root());
+        cli::supervise::leftovers(&paths, &service::config::Config::default())
     }
 }
 
