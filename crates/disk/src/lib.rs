@@ -9,6 +9,7 @@
 //! | module | what |
 //! |---|---|
 //! | [`luks2`] | the header: keyslot, checksums, JSON |
+//! | [`luks1`] | a copy for tools that read only LUKS1; nothing shipped calls it |
 //! | [`volume`] | sectors, holes, partial writes, sync |
 //! | [`format`] | a new volume, safe against crashes |
 //! | [`identity`], [`grant`] | what the guest becomes; what the KMS released |
@@ -29,6 +30,7 @@ pub mod fuse;
 pub mod grant;
 pub mod identity;
 pub mod limits;
+pub mod luks1;
 pub mod luks2;
 pub mod object;
 pub mod process;

@@ -8,6 +8,8 @@ pub const SECTOR_BYTES: usize = 4096;
 pub const DATA_OFFSET_BYTES: u64 = 16 << 20;
 /// Largest volume, MiB.
 pub const VOLUME_MAX_MB: u32 = *model::limits::DISK_MB.end();
+/// Where the ciphertext begins in a LUKS1 export, bytes: behind eight keyslots, aligned to 1 MiB.
+pub const LUKS1_DATA_OFFSET_BYTES: u64 = 2 << 20;
 /// Size of each of the two copies of the LUKS2 header, JSON included, bytes.
 pub const HEADER_BYTES: usize = 16 << 10;
 /// Most PBKDF2 iterations that a header may ask for: it is read before it is trusted.

@@ -163,6 +163,25 @@ impl<B: Backing> Volume<B> {
             .inspect_err(|_| self.shared.lost.store(true, Ordering::SeqCst))
     }
 
+    /// Fills `data` from a sector; `false` if it is a hole.
+    ///
+    /// # Errors
+    /// Like [`Volume::read`].
+    pub(crate) fn read_sector(
+        &self,
+        sector: u64,
+        data: &mut [u8; SECTOR_BYTES],
+    ) -> io::Result<bool> {
+        let sectors = self.sectors(sector.saturating_mul(SECTOR), SECTOR)?;
+        let _range = self.shared.ranges.lock(sectors, false);
+        self.shared.backing.read_at(place(sector), data)?;
+        let allocated = *data != [0; SECTOR_BYTES];
+        if allocated {
+            self.cipher.decrypt(sector, data);
+        }
+        Ok(allocated)
+    }
+
     /// The backing file.
     pub(crate) fn backing(&self) -> &B {
         &self.shared.backing

@@ -1,4 +1,5 @@
-//! The header against the tools that define it: `cryptsetup` 2.6 and `nbdkit`'s LUKS filter.
+//! Volumes and their LUKS1 exports against other readers: `cryptsetup`, `nbdkit`'s LUKS filter and
+//! QEMU.
 #![allow(clippy::unwrap_used)]
 
 use std::fs::File;
@@ -8,7 +9,8 @@ use std::process::{Command, Output, Stdio};
 
 use disk::DiskError;
 use disk::backing::Backing;
-use disk::limits::{DATA_OFFSET_BYTES, SECTOR_BYTES};
+use disk::limits::{DATA_OFFSET_BYTES, LUKS1_DATA_OFFSET_BYTES, SECTOR_BYTES};
+use disk::luks1;
 use disk::luks2::{self, DiskKey, VolumeKey};
 use disk::volume::Volume;
 use proptest::prelude::*;
@@ -49,9 +51,13 @@ impl Sample {
         hex::encode(self.disk_key.expose())
     }
 
+    fn volume(&self) -> Volume<File> {
+        Volume::new(self.file.try_clone().unwrap(), &self.key, SIZE_BYTES).unwrap()
+    }
+
     /// Fills the volume through the cipher and answers what is in it.
     fn write_pattern(&self) -> Vec<u8> {
-        let volume = Volume::new(self.file.try_clone().unwrap(), &self.key, SIZE_BYTES).unwrap();
+        let volume = self.volume();
         let plain: Vec<u8> = (0..SIZE_BYTES).map(|at| (at / 97 + at) as u8).collect();
         volume.write(0, &mut plain.clone()).unwrap();
         plain
@@ -211,58 +217,148 @@ fn cryptsetup_decrypts_the_whole_volume() {
     assert!(decrypted == plain, "cryptsetup decrypts something else");
 }
 
-/// A LUKS1 header by `cryptsetup` for the same volume key, in front of the same ciphertext.
-/// LUKS1 counts sectors of 512 bytes, so it agrees on the first 512 bytes of each of ours: with
-/// that, on the key, its halves, the offset and the unit of the tweak.
+/// The header of an export is `cryptsetup`'s LUKS1, with the volume's own key and passphrase.
 #[test]
-fn nbdkit_reads_the_same_plaintext_through_a_luks1_header() {
+fn cryptsetup_finds_the_same_volume_key_in_a_luks1_export() {
     let sample = Sample::new();
-    let plain = sample.write_pattern();
-
-    let (key, luks1, out) = (sample.at("key"), sample.at("luks1"), sample.at("out"));
-    std::fs::write(&key, sample.key.expose()).unwrap();
-    let file = open(Path::new(&luks1));
-    file.set_len(2 * SIZE_BYTES).unwrap();
+    let (volume, luks1) = (sample.volume(), sample.at("luks1"));
+    let out = open(Path::new(&luks1));
+    luks1::export(&volume, &sample.key, &sample.disk_key, &out).unwrap();
+    tool("cryptsetup", &["isLuks", "--type=luks1", &luks1], "");
+    let key_file = sample.at("dumped");
     let args = [
-        "luksFormat",
+        "luksDump",
         "--batch-mode",
-        "--type=luks1",
-        "--cipher=aes-xts-plain64",
-        "--key-size=512",
-        "--hash=sha256",
-        "--pbkdf-force-iterations=1000",
-        "--align-payload=8192",
+        "--dump-volume-key",
         "--volume-key-file",
-        &key,
-        "--key-file=-",
+        &key_file,
+        "--key-file",
+        "-",
         &luks1,
     ];
     tool("cryptsetup", &args, &sample.passphrase());
-    let mut ciphertext = vec![0; SIZE_BYTES as usize];
-    FileExt::read_exact_at(&sample.file, &mut ciphertext, DATA_OFFSET_BYTES).unwrap();
-    file.write_all_at(&ciphertext, 8192 * 512).unwrap();
+    let dumped = std::fs::read(key_file).unwrap();
+    assert!(seal::hash::ct_eq(&dumped, sample.key.expose()));
 
-    let passphrase = sample.at("passphrase");
-    std::fs::write(&passphrase, sample.passphrase()).unwrap();
-    let convert = format!("qemu-img convert -f raw -O raw \"$uri\" {out}");
-    let args = [
-        "-U",
-        "-",
-        "--filter=luks",
-        "file",
-        &luks1,
-        &format!("passphrase=+{passphrase}"),
-        "--run",
-        &convert,
-    ];
-    tool("nbdkit", &args, "");
-    let read = std::fs::read(out).unwrap();
-    assert_eq!(read.len(), plain.len());
-    for (theirs, ours) in read.chunks(SECTOR_BYTES).zip(plain.chunks(SECTOR_BYTES)) {
-        assert!(
-            theirs[..512] == ours[..512],
-            "nbdkit decrypts something else"
-        );
+    let data = disk::backing::next_data(&out, LUKS1_DATA_OFFSET_BYTES).unwrap();
+    assert_eq!(data, None, "a hole became data");
+    let before = std::fs::read(&luks1).unwrap();
+    let again = luks1::export(&volume, &sample.key, &sample.disk_key, &out);
+    assert!(matches!(again, Err(DiskError::Occupied { .. })));
+    assert!(std::fs::read(&luks1).unwrap() == before);
+}
+
+/// What the guest wrote, and in which sectors.
+struct Written {
+    plain: Vec<u8>,
+    allocated: Vec<bool>,
+}
+
+impl Written {
+    /// Random bytes, or a discard, at each place.
+    fn run(volume: &Volume<File>, changes: &[(bool, u64, u64)]) -> Self {
+        let sectors = SIZE_BYTES as usize / SECTOR_BYTES;
+        let (mut plain, mut allocated) = (vec![0; SIZE_BYTES as usize], vec![false; sectors]);
+        for &(discard, at, len) in changes {
+            let len = len.min(SIZE_BYTES - at);
+            let range = at as usize..(at + len) as usize;
+            let touched = range.start / SECTOR_BYTES..range.end.div_ceil(SECTOR_BYTES);
+            allocated[touched].fill(true);
+            if discard {
+                volume.zero(at, len).unwrap();
+                plain[range.clone()].fill(0);
+                let whole = range.start.div_ceil(SECTOR_BYTES)..range.end / SECTOR_BYTES;
+                if !whole.is_empty() {
+                    allocated[whole].fill(false);
+                }
+            } else {
+                let data = &mut plain[range];
+                seal::random::fill(data);
+                volume.write(at, &mut data.to_vec()).unwrap();
+            }
+        }
+        Self { plain, allocated }
+    }
+
+    fn sectors<'a>(&'a self, other: &'a [u8]) -> impl Iterator<Item = (bool, &'a [u8], &'a [u8])> {
+        assert_eq!(other.len(), self.plain.len());
+        let pairs = self
+            .plain
+            .chunks(SECTOR_BYTES)
+            .zip(other.chunks(SECTOR_BYTES));
+        let with = self.allocated.iter().zip(pairs);
+        with.map(|(allocated, (ours, theirs))| (*allocated, ours, theirs))
+    }
+
+    /// What a reader decrypts from each allocated sector is what the guest wrote.
+    fn check_read(&self, reader: &str, path: &str) {
+        let read = std::fs::read(path).unwrap();
+        for (sector, (allocated, ours, theirs)) in self.sectors(&read).enumerate() {
+            assert!(!allocated || ours == theirs, "{reader}: sector {sector}");
+        }
+    }
+
+    /// Holes are zeros; no block of an allocated sector is there in the clear.
+    fn check_at_rest(&self, path: &str) {
+        let file = std::fs::read(path).unwrap();
+        let data = &file[LUKS1_DATA_OFFSET_BYTES as usize..];
+        for (sector, (allocated, plain, at_rest)) in self.sectors(data).enumerate() {
+            if allocated {
+                let mut blocks = plain.chunks(16).zip(at_rest.chunks(16));
+                assert!(blocks.all(|(a, b)| a != b), "plaintext in sector {sector}");
+            } else {
+                assert!(at_rest.iter().all(|&byte| byte == 0), "hole {sector}");
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(6))]
+    /// Two independent readers of LUKS1 see in each allocated sector what the guest wrote.
+    #[test]
+    fn nbdkit_and_qemu_read_the_same_plaintext_from_a_luks1_export(
+        changes in proptest::collection::vec(
+            (proptest::bool::weighted(0.25), 0..SIZE_BYTES, 1u64..100_000),
+            1..40,
+        ),
+    ) {
+        let sample = Sample::new();
+        let volume = sample.volume();
+        let written = Written::run(&volume, &changes);
+        let (luks1, passphrase) = (sample.at("luks1"), sample.at("passphrase"));
+        let out = open(Path::new(&luks1));
+        luks1::export(&volume, &sample.key, &sample.disk_key, &out).unwrap();
+        written.check_at_rest(&luks1);
+
+        std::fs::write(&passphrase, sample.passphrase()).unwrap();
+        let plain = sample.at("by-nbdkit");
+        let args = [
+            "-U",
+            "-",
+            "--filter=luks",
+            "file",
+            &luks1,
+            &format!("passphrase=+{passphrase}"),
+            "--run",
+            &format!("qemu-img convert -f raw -O raw \"$uri\" {plain}"),
+        ];
+        tool("nbdkit", &args, "");
+        written.check_read("nbdkit", &plain);
+
+        let plain = sample.at("by-qemu");
+        let args = [
+            "convert",
+            "--object",
+            &format!("secret,id=passphrase,file={passphrase}"),
+            "--image-opts",
+            &format!("driver=luks,key-secret=passphrase,file.filename={luks1}"),
+            "-O",
+            "raw",
+            &plain,
+        ];
+        tool("qemu-img", &args, "");
+        written.check_read("qemu-img", &plain);
     }
 }
 

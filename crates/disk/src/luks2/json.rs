@@ -43,14 +43,14 @@ pub(super) struct Metadata {
 
 /// Salt and work of a PBKDF2-SHA-256.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Pbkdf2 {
-    pub(super) salt: Vec<u8>,
-    pub(super) iterations: u32,
+pub(crate) struct Pbkdf2 {
+    pub(crate) salt: Vec<u8>,
+    pub(crate) iterations: u32,
 }
 
 impl Pbkdf2 {
     /// A fresh salt of 32 bytes.
-    pub(super) fn fresh() -> Self {
+    pub(crate) fn fresh() -> Self {
         Self {
             salt: seal::random::bytes::<32>().to_vec(),
             iterations: ITERATIONS,

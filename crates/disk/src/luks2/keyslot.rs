@@ -9,13 +9,14 @@ use super::json::Pbkdf2;
 use crate::DiskError;
 
 /// Stripes of the anti-forensic split. LUKS knows no other number.
-pub(super) const STRIPES: u32 = 4000;
+pub(crate) const STRIPES: u32 = 4000;
 /// All stripes, bytes.
 pub(super) const STRIPES_BYTES: usize = STRIPES as usize * KEY_BYTES;
 /// How the stripes are encrypted: in units of 512 bytes, whatever the volume's sectors are.
 pub(super) const AREA_CIPHER: &str = "aes-xts-plain64";
 
-const KEY_BYTES: usize = 64;
+/// The volume's key, bytes.
+pub(crate) const KEY_BYTES: usize = 64;
 const DIGEST_BYTES: usize = 32;
 const _: () = assert!(STRIPES_BYTES.is_multiple_of(512));
 
@@ -23,7 +24,7 @@ const _: () = assert!(STRIPES_BYTES.is_multiple_of(512));
 pub type VolumeKey = SecretBytes<KEY_BYTES>;
 
 /// The encrypted stripes of `key` under the passphrase.
-pub(super) fn close(
+pub(crate) fn close(
     key: &VolumeKey,
     passphrase: &[u8],
     slot: &Pbkdf2,
@@ -46,7 +47,7 @@ pub(super) fn open(area: &[u8], passphrase: &[u8], slot: &Pbkdf2) -> Result<Volu
 }
 
 /// PBKDF2 of the volume's key: how a header recognises it.
-pub(super) fn digest(key: &VolumeKey, digest: &Pbkdf2) -> [u8; DIGEST_BYTES] {
+pub(crate) fn digest(key: &VolumeKey, digest: &Pbkdf2) -> [u8; DIGEST_BYTES] {
     let mut out = [0; DIGEST_BYTES];
     kdf::pbkdf2_sha256(key.expose(), &digest.salt, digest.iterations, &mut out);
     out

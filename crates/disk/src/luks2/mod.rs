@@ -7,8 +7,8 @@
 //! Must never: hold a key outside secret memory, or let a header choose what is done with it.
 
 mod bin;
-mod json;
-mod keyslot;
+pub(crate) mod json;
+pub(crate) mod keyslot;
 
 use model::WorkspaceId;
 use seal::hash;
@@ -140,14 +140,14 @@ fn read(backing: &impl Backing, copy: Copy) -> Result<Vec<u8>, DiskError> {
 }
 
 /// The keyslot's passphrase: the key in lowercase hex.
-fn passphrase(disk_key: &DiskKey) -> SecretBytes<64> {
+pub(crate) fn passphrase(disk_key: &DiskKey) -> SecretBytes<64> {
     let mut out = SecretBytes::zeroed();
     hex::encode_to_slice(disk_key.expose(), out.expose_mut()).expect("64 digits for 32 bytes");
     out
 }
 
 /// RFC 9562, version 4.
-fn fresh_uuid() -> String {
+pub(crate) fn fresh_uuid() -> String {
     let mut raw: [u8; 16] = seal::random::bytes();
     raw[6] = raw[6] & 0x0f | 0x40;
     raw[8] = raw[8] & 0x3f | 0x80;
