@@ -139,16 +139,29 @@ fn kernel() -> Finding {
     }
 }
 
+/// Asks the kernel for a ruleset of each version, and enforces none.
 fn landlock() -> Finding {
-    let lsm = std::fs::read_to_string("/sys/kernel/security/lsm").unwrap_or_default();
-    if lsm.contains("landlock") {
-        finding("Landlock", Level::Ok, lsm.trim().to_owned(), "")
+    use landlock::{
+        ABI, Access as _, AccessFs, AccessNet, CompatLevel, Compatible as _, Ruleset,
+        RulesetAttr as _, Scope,
+    };
+    let has = |abi: ABI| {
+        Ruleset::default()
+            .set_compatibility(CompatLevel::HardRequirement)
+            .handle_access(AccessFs::from_all(abi))
+            .and_then(|r| r.handle_access(AccessNet::from_all(abi)))
+            .and_then(|r| r.scope(Scope::from_all(abi)))
+            .and_then(Ruleset::create)
+            .is_ok()
+    };
+    if has(ABI::V6) {
+        finding("Landlock", Level::Ok, "ABI 6 or later", "")
     } else {
         finding(
             "Landlock",
             Level::Weakened,
-            "not among the active security modules (or securityfs is not mounted): ISO-3 rests on namespaces and seccomp alone",
-            "add landlock to the kernel's lsm= parameter",
+            "below ABI 6: ISO-3 loses the signal and socket scopes, and rests on namespaces and seccomp there",
+            "boot a kernel of 6.12 or later, with landlock in its lsm= parameter",
         )
     }
 }

@@ -104,7 +104,7 @@ pub fn up(
             }
             Some(s) => {
                 if fs::exists(failed_mark(paths)).unwrap_or(false) {
-                    bail!("{} failed:\n{}", s.name, log_tail(paths, s.name));
+                    bail!("it did not start:\n{}", log_tail(paths, s.name));
                 }
             }
         }
@@ -247,7 +247,7 @@ pub fn supervise(paths: &Paths, config: &Config) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let result = runtime.block_on(Supervisor::new(paths, config)?.run());
+    let result = Supervisor::new(paths, config).and_then(|s| runtime.block_on(s.run()));
     remove_if_there(&pid_file(paths))?;
     if result.is_err() {
         fs::write(failed_mark(paths), b"")?;

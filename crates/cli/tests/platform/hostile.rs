@@ -181,3 +181,84 @@ fn expect(e: &anyhow::Error, status: u16, code: &str) {
         .unwrap_or_else(|| panic!("{e:#}"));
     assert_eq!((e.status, e.code.as_str()), (status, code), "{e}");
 }
+
+#[test]
+fn a_start_that_cannot_be_is_a_typed_error_and_leaves_nothing() {
+    let p = Platform::start("[host]\npool_size = 0\n", None);
+    let account = p.account("owner");
+    let ws = |args: &[&str]| p.as_user(&account, args);
+    let made = ws(&["--json", "ws", "create"]);
+    p.expect_ok("create", &made);
+    let made: Value = serde_json::from_slice(&made.stdout).unwrap();
+    let id = made["id"].as_str().unwrap();
+    p.expect_ok("stop", &ws(&["ws", "stop", id]));
+    let file = p.state("warden").join("disks").join(format!("{id}.luks"));
+
+    // A header that is none.
+    let whole = read_at_start(&file, 64 << 10);
+    write_at_start(&file, &vec![0x5a; 64 << 10]);
+    let said = refused(&ws(&["ws", "start", id]));
+    assert!(said.contains("disk_corrupt"), "{said}");
+    assert_eq!(p.workspaces_on_host(), Vec::<String>::new());
+    write_at_start(&file, &whole);
+
+    // Another workspace's disk under this one's name.
+    let other = ws(&["--json", "ws", "create"]);
+    let other: Value = serde_json::from_slice(&other.stdout).unwrap();
+    let other_id = other["id"].as_str().unwrap();
+    p.expect_ok("stop", &ws(&["ws", "stop", other_id]));
+    let others = p
+        .state("warden")
+        .join("disks")
+        .join(format!("{other_id}.luks"));
+    write_at_start(&file, &read_at_start(&others, 16 << 20));
+    let said = refused(&ws(&["ws", "start", id]));
+    assert!(
+        said.contains("disk_corrupt") || said.contains("key_refused"),
+        "{said}"
+    );
+    assert_eq!(p.workspaces_on_host(), Vec::<String>::new());
+    write_at_start(&file, &whole);
+
+    // No VMM.
+    let closure = p.state("artifacts").join("closure");
+    let away = p.state("artifacts").join("closure.away");
+    std::fs::rename(&closure, &away).unwrap();
+    let said = refused(&ws(&["ws", "start", id]));
+    assert!(
+        said.contains("VM_UNAVAILABLE") || said.contains("unavailable"),
+        "{said}"
+    );
+    std::fs::rename(&away, &closure).unwrap();
+
+    // What was no fault of the workspace's is over: it starts, and its data is there.
+    p.expect_ok("rm", &ws(&["ws", "rm", other_id]));
+    assert_eq!(p.workspaces_on_host(), Vec::<String>::new());
+    p.expect_ok("rm", &ws(&["ws", "rm", id]));
+    assert_eq!(p.disk_files(), Vec::<String>::new());
+}
+
+/// What a refused command says; it must have failed with a code and say something.
+#[track_caller]
+fn refused(out: &std::process::Output) -> String {
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(!out.status.success(), "it went well: {said}");
+    assert!(out.status.code().is_some_and(|c| c != 101), "{said}");
+    said
+}
+
+fn read_at_start(path: &std::path::Path, bytes: usize) -> Vec<u8> {
+    use std::os::unix::fs::FileExt as _;
+    let mut out = vec![0; bytes];
+    std::fs::File::open(path)
+        .unwrap()
+        .read_exact_at(&mut out, 0)
+        .unwrap();
+    out
+}
+
+fn write_at_start(path: &std::path::Path, bytes: &[u8]) {
+    use std::os::unix::fs::FileExt as _;
+    let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+    file.write_all_at(bytes, 0).unwrap();
+}
