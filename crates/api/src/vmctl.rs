@@ -12,6 +12,8 @@ pub enum Op {
     /// Brings the guest to "agent answers, rehearsed, no identity, stopped": restores the
     /// template or boots, as the VM was opened. Answer: [`Status`].
     Prepare,
+    /// As [`Op::Prepare`], without the rehearsal: for a VM that is attached at once.
+    PrepareNow,
     /// Saves the template to the files the VM was opened with, and stops for good (build VMs
     /// only). Answer: `true`.
     Save,

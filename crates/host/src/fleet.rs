@@ -6,7 +6,7 @@
 //!
 //! Must never give one VM to two workspaces, nor take one back: what was claimed is closed.
 
-use crate::limits::{TEMPLATE_RETRY_AFTER, TEMPLATES_WANTED_MAX};
+use crate::limits::{TEMPLATE_RETRY_AFTER, TEMPLATES_WANTED_MAX, TEND_AFTER_CLAIM, TEND_EVERY};
 use crate::peers::Peers;
 use api::vmctl::VmState;
 use api::warden::{ImageId, Start, VmOpened};
@@ -69,6 +69,8 @@ struct Inner {
     templates: HashSet<Shape>,
     wanted: VecDeque<Shape>,
     not_before: HashMap<Shape, Instant>,
+    /// When the pool may be refilled although it is not empty.
+    refill_at: Option<Instant>,
     /// Slots that could not be closed when they had to be.
     doomed: Vec<u16>,
 }
@@ -102,17 +104,22 @@ impl Fleet {
         let how = if self.lock().templates.contains(shape) {
             Start::Template
         } else {
-            self.want_template(shape);
             Start::Cold
         };
-        match self.open(shape, how, true).await {
+        let opened = match self.open(shape, how, true).await {
             // A slot may be taken by what a killed host process still had under way.
             Err(e) if how == Start::Template || e.code == ErrorCode::Conflict => {
                 tracing::warn!(error = %e, detail = e.detail, "booting cold");
                 self.open(shape, Start::Cold, true).await
             }
             other => other,
+        };
+        if how == Start::Cold {
+            let due = Instant::now() + TEND_AFTER_CLAIM;
+            self.lock().not_before.entry(shape.clone()).or_insert(due);
+            self.want_template(shape);
         }
+        opened
     }
 
     /// Ends what is on a slot and frees it. Idempotent.
@@ -209,10 +216,20 @@ impl Fleet {
             while !*stop.borrow() && self.tend_once().await {}
             tokio::select! {
                 () = self.wake.notified() => {}
-                () = tokio::time::sleep(Duration::from_secs(5)) => {}
+                () = tokio::time::sleep(self.idle()) => {}
                 _ = stop.wait_for(|s| *s) => return,
             }
         }
+    }
+
+    /// How long there is nothing to do.
+    fn idle(&self) -> Duration {
+        let inner = self.lock();
+        let wanted = inner.wanted.iter().filter_map(|s| inner.not_before.get(s));
+        let due = wanted.chain(&inner.refill_at);
+        due.map(|at| at.saturating_duration_since(Instant::now()))
+            .filter(|left| !left.is_zero())
+            .fold(TEND_EVERY, Duration::min)
     }
 
     /// Does one thing; `false` if there is nothing to do.
@@ -229,7 +246,8 @@ impl Fleet {
                 (
                     inner.templates.contains(&shape),
                     stale.map(|(_, spare)| spare.slot),
-                    inner.pool.len() < self.bounds.pool_size as usize,
+                    inner.pool.len() < self.bounds.pool_size as usize
+                        && (inner.pool.is_empty() || inner.refill_at <= Some(Instant::now())),
                 )
             };
             if let Some(slot) = stale {
@@ -293,7 +311,12 @@ impl Fleet {
         let slot = self.slot_take(runs)?;
         let opened = async {
             let net = self.peers.vm_open(slot, how, shape).await?;
-            self.peers.vm_prepare(slot).await?;
+            // A VM that is taken at once runs what it needs for the first time in earnest.
+            if runs {
+                self.peers.vm_prepare_now(slot).await?;
+            } else {
+                self.peers.vm_prepare(slot).await?;
+            }
             Ok(net)
         };
         match opened.await {
@@ -335,6 +358,7 @@ impl Fleet {
         let spare = at.map(|i| inner.pool.swap_remove(i).1);
         if let Some(spare) = &spare {
             inner.running.insert(spare.slot);
+            inner.refill_at = Some(Instant::now() + TEND_AFTER_CLAIM);
         }
         Ok(spare)
     }

@@ -27,6 +27,11 @@ pub const WATCH_EVERY: Duration = Duration::from_millis(400);
 pub const VMCTL_SILENT_MAX: u32 = 5;
 /// Pause before a step that can't be given up is tried again.
 pub const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// Longest pause between two looks at pool and templates.
+pub const TEND_EVERY: Duration = Duration::from_secs(5);
+/// The pool is refilled, and a template wanted by a start is built, this long after the start took
+/// its VM: at once they would take the CPUs that the start needs. An empty pool does not wait.
+pub const TEND_AFTER_CLAIM: Duration = Duration::from_millis(500);
 /// Pause before a template that could not be built is tried again.
 pub const TEMPLATE_RETRY_AFTER: Duration = Duration::from_secs(60);
 /// How long the guest may take to shut down, ms.

@@ -148,6 +148,12 @@ impl Peers {
             .await
     }
 
+    pub(crate) async fn vm_prepare_now(&self, slot: u16) -> api::Result<vmctl::Status> {
+        self.vm(slot)
+            .call_within("internal:host", &vmctl::Op::PrepareNow, PREPARE_CALL_MAX)
+            .await
+    }
+
     pub(crate) async fn vm_save(&self, slot: u16) -> api::Result<bool> {
         self.vm(slot)
             .call_within("internal:host", &vmctl::Op::Save, TEMPLATE_CALL_MAX)

@@ -145,7 +145,7 @@ async fn rules_follow_the_wish_and_are_there_before_the_guest() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn i23_a_start_that_fails_at_any_step_leaves_nothing_and_the_next_one_works() {
     let mut w = World::new(0).await;
-    for (n, step) in ["warden.vm_open", "vmctl.prepare"]
+    for (n, step) in ["warden.vm_open", "vmctl.prepare_now"]
         .iter()
         .chain(&START)
         .enumerate()
@@ -178,7 +178,7 @@ async fn i23_a_start_that_fails_at_any_step_leaves_nothing_and_the_next_one_work
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_kill_after_each_step_twice_leaves_nothing_half_done() {
     let mut w = World::new(0).await;
-    for (n, step) in ["warden.vm_open", "vmctl.prepare"]
+    for (n, step) in ["warden.vm_open", "vmctl.prepare_now"]
         .iter()
         .chain(&START)
         .enumerate()

@@ -13,6 +13,8 @@
 //! Exited(shutdown) ◀─────────────────── Stopping
 //! ```
 //!
+//! - PrepareNow leaves the rehearsal out: a template is Pooled once it is restored, a cold boot
+//!   once it booted.
 //! - Any state but Stopping: the VMM is gone → Exited(lost); the guest powers off, reboots or
 //!   panics → Exited(shutdown, reset, panic).
 //! - Booting, Rehearsing, Attaching: `failed`, a message out of turn, no message at all, or the
@@ -46,6 +48,7 @@ pub struct Vm<V, T> {
     vmm: V,
     agent: Channel,
     state: State,
+    rehearses: bool,
     waiting: Option<Waiting<T>>,
     disk: Option<Disk>,
     answers: Vec<(T, Result<Value, Error>)>,
@@ -94,6 +97,7 @@ impl<V: Vmm, T> Vm<V, T> {
             vmm,
             agent,
             state: State::Created,
+            rehearses: true,
             waiting: None,
             disk: None,
             answers: Vec::new(),
@@ -108,7 +112,8 @@ impl<V: Vmm, T> Vm<V, T> {
             _ if self.waiting.is_some() => {
                 Err(self.conflict("another request waits for the guest"))
             }
-            Op::Prepare => return self.prepare(reply, now),
+            Op::Prepare => return self.prepare(reply, true, now),
+            Op::PrepareNow => return self.prepare(reply, false, now),
             Op::Attach { attach, wait_ms } => return self.attach(reply, *attach, wait_ms, now),
             Op::Save => self.save(),
             Op::Pause => self.pause(),
@@ -251,7 +256,7 @@ impl<V: Vmm, T> Vm<V, T> {
         Status { vm, reason }
     }
 
-    fn prepare(&mut self, reply: T, now: Instant) {
+    fn prepare(&mut self, reply: T, rehearse: bool, now: Instant) {
         match self.state {
             State::Pooled => {
                 let status = json!(self.status());
@@ -268,6 +273,7 @@ impl<V: Vmm, T> Vm<V, T> {
             How::Cold | How::Build => PREPARE_COLD_MAX,
         };
         self.wait(reply, now, after);
+        self.rehearses = rehearse || self.how == How::Build;
         let begun = match self.how {
             How::Template => self.vmm.restore().and_then(|()| self.vmm.cont()),
             How::Cold | How::Build => self.vmm.cont(),
@@ -275,10 +281,25 @@ impl<V: Vmm, T> Vm<V, T> {
         if let Err(e) = begun {
             return self.fail(vmm_error(&e));
         }
-        if self.how == How::Template {
-            self.rehearse();
-        } else {
-            self.state = State::Booting;
+        match self.how {
+            How::Template if self.rehearses => self.rehearse(),
+            // It had to run for a moment: a restored VMM's disks are inactive until then.
+            How::Template => self.halt(),
+            How::Cold | How::Build => self.state = State::Booting,
+        }
+    }
+
+    /// The virtual CPUs stand still and the guest waits for its disk.
+    fn prepared(&mut self) {
+        self.state = State::Pooled;
+        let status = json!(self.status());
+        self.answer(Ok(status));
+    }
+
+    fn halt(&mut self) {
+        match self.vmm.stop() {
+            Ok(()) => self.prepared(),
+            Err(e) => self.fail(vmm_error(&e)),
         }
     }
 
@@ -400,16 +421,12 @@ impl<V: Vmm, T> Vm<V, T> {
         match (self.state, message) {
             (State::Booting, Ok(FromGuest::Booted { version })) => {
                 log::line("info", self.slot, "the guest's agent runs", Some(&version));
-                self.rehearse();
-            }
-            (State::Rehearsing, Ok(FromGuest::Rehearsed)) => {
-                if let Err(e) = self.vmm.stop() {
-                    return self.fail(vmm_error(&e));
+                if self.rehearses {
+                    return self.rehearse();
                 }
-                self.state = State::Pooled;
-                let status = json!(self.status());
-                self.answer(Ok(status));
+                self.halt();
             }
+            (State::Rehearsing, Ok(FromGuest::Rehearsed)) => self.halt(),
             (State::Attaching, Ok(FromGuest::Up(up))) => {
                 self.state = State::Running;
                 self.answer(Ok(json!(Up {

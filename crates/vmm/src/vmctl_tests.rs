@@ -220,6 +220,27 @@ fn restore_and_cold_give_the_same_answers() {
 }
 
 #[test]
+fn a_vm_that_is_attached_at_once_rehearses_nothing() {
+    let pooled = json!({"vm": "pooled"});
+    let mut w = World::new(How::Template);
+    assert_eq!(w.ask(Op::PrepareNow).unwrap().unwrap(), pooled);
+    assert_eq!(w.acts(), ["restore", "cont", "stop"]);
+    let mut w = World::new(How::Cold);
+    assert!(w.ask(Op::PrepareNow).is_none());
+    let booted = w.say(r#"{"type":"booted","version":"1"}"#);
+    assert_eq!(booted.unwrap().unwrap(), pooled);
+    assert_eq!(w.acts(), ["cont", "stop"]);
+    w.disk();
+    assert!(w.ask(attach(10)).is_none());
+    assert!(matches!(w.hear(), ToGuest::Attach(_)));
+    // What becomes a template is rehearsed, whoever asks.
+    let mut w = World::new(How::Build);
+    assert!(w.ask(Op::PrepareNow).is_none());
+    assert!(w.say(r#"{"type":"booted","version":"1"}"#).is_none());
+    assert_eq!(w.hear(), ToGuest::Rehearse);
+}
+
+#[test]
 fn a_template_is_saved_once_and_sees_no_workspace() {
     let mut w = World::pooled(How::Build);
     w.disk();

@@ -260,7 +260,7 @@ impl Doubles {
         let x = s.slots.get_mut(&slot).unwrap();
         match op {
             vmctl::Op::Status => {}
-            vmctl::Op::Prepare => {
+            vmctl::Op::Prepare | vmctl::Op::PrepareNow => {
                 assert_eq!(x.vm, VmState::Created);
                 x.vm = VmState::Pooled;
             }
