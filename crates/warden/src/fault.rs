@@ -33,6 +33,15 @@ pub(crate) fn missing(message: impl Into<String>) -> Error {
     Error::new(ErrorCode::NotFound, message)
 }
 
+/// A part of the VMM or of the guest that should be among the artifacts.
+pub(crate) fn artifact_missing(name: &str, why: &Error) -> Error {
+    Error::new(
+        ErrorCode::VmUnavailable,
+        "this machine can't run workspaces now; its operator finds the reason with `casemate doctor`",
+    )
+    .detail(format!("artifact {name}: {why}: run `cargo xtask image`"))
+}
+
 /// One line for the operator's log; never holds a secret, for warden knows none but its own key.
 pub(crate) fn log(event: &str, fields: serde_json::Value) {
     eprintln!(

@@ -20,7 +20,7 @@ mod sweep;
 use crate::attest::Machine;
 use crate::cgroup::Cgroups;
 use crate::diskproc::{Disk, Disks};
-use crate::fault::{At, Result, conflict, invalid, log, missing};
+use crate::fault::{At, Result, artifact_missing, conflict, invalid, log, missing};
 use crate::journal::{Journal, Record, Step};
 use crate::layout::{Digests, Layout, check_digest_id, open_beneath, remove};
 use crate::limits::{KILL_WAIT, OPEN_MAX, STDERR_MAX_BYTES, VMM_UID};
@@ -256,6 +256,7 @@ impl Warden {
         let artifact = |name: &str| {
             open_beneath(&self.config.layout.artifacts(), name, OFlags::RDONLY, 0)
                 .at("open artifact", name)
+                .map_err(|e| artifact_missing(name, &e))
         };
         let boot = match record.how {
             Start::Template => None,
@@ -546,7 +547,8 @@ impl Warden {
     fn parts(&self, image: &str, memory_mb: u32, cpus: u32) -> Result<Parts> {
         let digest = |name: &str| {
             let fd = open_beneath(&self.config.layout.artifacts(), name, OFlags::RDONLY, 0)
-                .at("open artifact", name)?;
+                .at("open artifact", name)
+                .map_err(|e| artifact_missing(name, &e))?;
             self.digests.of(&fd, name)
         };
         Ok(Parts {

@@ -197,7 +197,7 @@ fn a_start_that_cannot_be_is_a_typed_error_and_leaves_nothing() {
     // A header that is none.
     let whole = read_at_start(&file, 64 << 10);
     write_at_start(&file, &vec![0x5a; 64 << 10]);
-    let said = refused(&ws(&["ws", "start", id]));
+    let said = refused_start(&p, &account, id);
     assert!(said.contains("disk_corrupt"), "{said}");
     assert_eq!(p.workspaces_on_host(), Vec::<String>::new());
     write_at_start(&file, &whole);
@@ -212,7 +212,7 @@ fn a_start_that_cannot_be_is_a_typed_error_and_leaves_nothing() {
         .join("disks")
         .join(format!("{other_id}.luks"));
     write_at_start(&file, &read_at_start(&others, 16 << 20));
-    let said = refused(&ws(&["ws", "start", id]));
+    let said = refused_start(&p, &account, id);
     assert!(
         said.contains("disk_corrupt") || said.contains("key_refused"),
         "{said}"
@@ -224,7 +224,7 @@ fn a_start_that_cannot_be_is_a_typed_error_and_leaves_nothing() {
     let closure = p.state("artifacts").join("closure");
     let away = p.state("artifacts").join("closure.away");
     std::fs::rename(&closure, &away).unwrap();
-    let said = refused(&ws(&["ws", "start", id]));
+    let said = refused_start(&p, &account, id);
     assert!(
         said.contains("VM_UNAVAILABLE") || said.contains("unavailable"),
         "{said}"
@@ -236,6 +236,14 @@ fn a_start_that_cannot_be_is_a_typed_error_and_leaves_nothing() {
     assert_eq!(p.workspaces_on_host(), Vec::<String>::new());
     p.expect_ok("rm", &ws(&["ws", "rm", id]));
     assert_eq!(p.disk_files(), Vec::<String>::new());
+}
+
+/// What a refused start says. The workspace is stopped then, or its restart policy would try on.
+#[track_caller]
+fn refused_start(p: &Platform, account: &Account, id: &str) -> String {
+    let said = refused(&p.as_user(account, &["ws", "start", id]));
+    p.expect_ok("stop", &p.as_user(account, &["ws", "stop", id]));
+    said
 }
 
 /// What a refused command says; it must have failed with a code and say something.
