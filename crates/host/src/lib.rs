@@ -17,6 +17,7 @@ pub mod host;
 pub mod images;
 pub mod limits;
 pub mod machine;
+mod metrics;
 pub mod peers;
 pub mod workspace;
 
@@ -26,13 +27,10 @@ use feed::Feed;
 use fleet::{Bounds, Fleet};
 use host::{Host, PoolWish};
 use peers::Peers;
-use prometheus_client::metrics::gauge::Gauge;
-use prometheus_client::registry::Registry;
 use service::clock::Clock;
 use service::config::Config;
 use service::paths::Paths;
 use std::sync::Arc;
-use std::time::Duration;
 use tokio::sync::watch;
 use workspace::Shared;
 
@@ -84,7 +82,7 @@ pub async fn run(
         recovered = host.recover() => recovered.context("take over what runs")?,
         _ = stopping.wait_for(|s| *s) => return Ok(()),
     }
-    let metrics = metrics(Arc::clone(&shared), paths)?;
+    let metrics = metrics::serve(Arc::clone(&shared), paths)?;
     let tasks = tokio::spawn(Arc::clone(&host).run(stop.clone()));
     let stopping = stop.clone();
     let answer = move |peer, _request_id, op: api::host::Op| {
@@ -110,47 +108,4 @@ pub async fn run(
 
 async fn stopped(stop: &mut watch::Receiver<bool>) {
     let _ = stop.wait_for(|s| *s).await;
-}
-
-/// Gauges of what runs, refreshed every few seconds.
-fn metrics(shared: Arc<Shared>, paths: &Paths) -> anyhow::Result<tokio::task::JoinHandle<()>> {
-    let mut registry = Registry::default();
-    let gauge = |registry: &mut Registry, name: &str, help: &str| {
-        let gauge: Gauge = Gauge::default();
-        registry.register(name, help, gauge.clone());
-        gauge
-    };
-    let running = gauge(
-        &mut registry,
-        "host_workspaces_running",
-        "Workspaces that run",
-    );
-    let failed = gauge(
-        &mut registry,
-        "host_workspaces_failed",
-        "Workspaces that failed to start or crashed",
-    );
-    let pool = gauge(&mut registry, "host_pool_ready", "Pooled VMs ready");
-    let served = service::metrics::serve(&paths.socket(NAME, "metrics"), registry)?;
-    Ok(tokio::spawn(async move {
-        let _served = AbortOnDrop(served);
-        loop {
-            use api::host::ActualState as S;
-            let states = shared.feed.list();
-            let count = |of: &[S]| states.iter().filter(|a| of.contains(&a.state)).count();
-            let as_i64 = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
-            running.set(as_i64(count(&[S::Running])));
-            failed.set(as_i64(count(&[S::Failed, S::Crashed])));
-            pool.set(i64::from(shared.fleet.pool_size().0));
-            tokio::time::sleep(Duration::from_secs(5)).await;
-        }
-    }))
-}
-
-struct AbortOnDrop(tokio::task::JoinHandle<()>);
-
-impl Drop for AbortOnDrop {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
 }
