@@ -12,10 +12,14 @@ const RUNS: usize = 3;
 fn main() {
     guest::init::stdio_open();
     let said = run();
+    let name = std::fs::read_dir("/sys/class/virtio-ports")
+        .and_then(|mut ports| ports.next().expect("the machine has one port"))
+        .expect("it has a name")
+        .file_name();
     let mut port = std::fs::OpenOptions::new()
         .write(true)
-        .open("/dev/vport0p1")
-        .expect("the machine has one port");
+        .open(Path::new("/dev").join(name))
+        .expect("it can be opened");
     let text = said.unwrap_or_else(|e| format!("failed: {e}\n"));
     port.write_all(format!("{text}end\n").as_bytes())
         .expect("the port takes it");
@@ -31,7 +35,9 @@ fn run() -> Result<String, Box<dyn std::error::Error>> {
     let flags = rustix::mount::MountFlags::NOATIME;
     let to = base.join("mnt");
     rustix::mount::mount("/dev/vdb", &to, "ext4", flags, Some(c"discard"))?;
-    rustix::mount::mount_bind("/dev", base.join("dev"))?;
+    for dir in ["dev", "sys"] {
+        rustix::mount::mount_bind(Path::new("/").join(dir), base.join(dir))?;
+    }
     chroot(base)?;
     std::env::set_current_dir("/")?;
     let mut said = String::new();
