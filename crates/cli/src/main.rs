@@ -115,6 +115,9 @@ enum Command {
         /// Its address.
         ip: std::net::Ipv4Addr,
     },
+    /// Ask the KMS as the process whose user this is; the request comes from standard input.
+    #[command(hide = true)]
+    KmsAsk,
     /// Dial a TCP address and say what happened; run inside a network namespace by the checks.
     #[command(hide = true)]
     Dial {
@@ -260,6 +263,11 @@ fn run(args: Args) -> anyhow::Result<u8> {
                 "{}",
                 runtime()?.block_on(cli::agent::as_stranger(&paths, &workspace, ip))?
             );
+        }
+        Command::KmsAsk => {
+            use std::io::Read as _;
+            let op = serde_json::from_reader(std::io::stdin().take(64 << 10))?;
+            println!("{}", operate::kms_ask(&paths, &op));
         }
         Command::Dial {
             address,

@@ -35,6 +35,15 @@ pub fn key_create(
     Ok(call(&paths.socket("mint", "mint"), "cli", &op, WAIT)?)
 }
 
+/// Asks the KMS as the user of this process; `answered`, or the error's code.
+#[must_use]
+pub fn kms_ask(paths: &Paths, op: &api::kms::Op) -> String {
+    match call::<_, serde_json::Value>(&paths.socket("kms", "kms"), "cli", op, WAIT) {
+        Ok(_) => "answered".into(),
+        Err(e) => e.code.as_str().into(),
+    }
+}
+
 /// The KMS's state.
 ///
 /// # Errors

@@ -88,6 +88,9 @@ pub(super) async fn acc_3(w: &mut World<'_>) -> anyhow::Result<Finding> {
     let id = w.shared().await?;
     w.public(&id, true).await?;
     let token = w.owner.runtime_token(&id).await?;
+    // Through the edge first: it tells the agent the newest token state before anything else.
+    let (through, _) = w.gateway(&token, "/runtime").await?;
+    ensure!(through == 200, "through the gateway: {through}");
     let slot = w.slot(&id)?;
     let call = |token: &str| w.as_edge(&["agent", &id, &slot.net.ip, "/runtime"], token);
     let none = call("")?;

@@ -25,16 +25,15 @@ pub(super) async fn iso_1(w: &mut World<'_>) -> anyhow::Result<Finding> {
         .release()
         .to_string_lossy()
         .into_owned();
-    let boot = |id: &str| {
-        let id = id.to_owned();
-        let w = &*w;
-        async move {
-            w.inside(&id, &["cat", "/proc/sys/kernel/random/boot_id"])
-                .await
-        }
-    };
-    let (boot_a, boot_b) = (boot(&a).await?, boot(&b).await?);
-    let host_boot = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+    // A setting of the whole kernel, in no namespace: changed in one, it must stay in the others.
+    // (Boot ids are no witness: VMs of one template share them.)
+    const SETTING: &str = "/proc/sys/kernel/printk_ratelimit_burst";
+    let host_before = fs::read_to_string(SETTING)?;
+    let mark = (u16::from_be_bytes(seal::random::bytes::<2>()) | 0x4000).to_string();
+    let set = format!("echo {mark} > {SETTING} && cat {SETTING}");
+    let in_a = w.inside(&a, &["sh", "-c", &set]).await?;
+    let in_b = w.inside(&b, &["cat", SETTING]).await?;
+    let host_after = fs::read_to_string(SETTING)?;
     let processes = w
         .inside(&a, &["sh", "-c", "ls -d /proc/[0-9]* | wc -l"])
         .await?;
@@ -43,9 +42,12 @@ pub(super) async fn iso_1(w: &mut World<'_>) -> anyhow::Result<Finding> {
         !guest.is_empty() && guest != host,
         "the guest's kernel is {guest}, the host's {host}"
     );
+    ensure!(in_a.trim() == mark, "the setting could not be changed");
     ensure!(
-        boot_a != host_boot && boot_b != host_boot,
-        "a guest has the host's boot id"
+        in_b.trim() != mark && host_after == host_before,
+        "a kernel's setting changed to {mark} in one workspace is {} in another, {} on the host",
+        in_b.trim(),
+        host_after.trim()
     );
     let info: api::host::Info = api::rpc::blocking::call(
         &w.probe.paths.socket("host", "host"),
@@ -54,7 +56,7 @@ pub(super) async fn iso_1(w: &mut World<'_>) -> anyhow::Result<Finding> {
         std::time::Duration::from_secs(10),
     )?;
     Finding::pass(format!(
-        "two workspaces, two VMM processes ({}, {}); guest kernel {guest}, host {host}; {} processes visible inside; accelerator: {}",
+        "two workspaces, two VMM processes ({}, {}); guest kernel {guest}, host {host}; a kernel setting changed in one is not in the other; {} processes visible inside; accelerator: {}",
         sa.vmm_pid,
         sb.vmm_pid,
         processes.trim(),

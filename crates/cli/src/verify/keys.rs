@@ -127,26 +127,26 @@ pub(super) async fn kms_4(w: &mut World<'_>) -> anyhow::Result<Finding> {
 
 pub(super) async fn kms_5(w: &mut World<'_>) -> anyhow::Result<Finding> {
     let id = w.shared().await?;
-    let socket = w.probe.paths.socket("kms", "kms");
     let before = kms_status(w.probe.paths)?;
     let mut answers = Vec::new();
-    // What a service that stole everything but a fresh lease could try.
-    let attestation = "v1.00000000.e30.AAAA".to_owned();
+    // What a host could try that has no fresh lease: its own word, for a workspace that exists.
+    let attestation = attestation(w, &id)?;
     for receipt in [
         json!({}),
         json!({ "log": "host" }),
         json!(null),
         json!([1, 2, 3]),
     ] {
-        let op = api::kms::Op::Release {
+        let op = serde_json::to_string(&api::kms::Op::Release {
             receipt,
             attestation: attestation.clone(),
-        };
-        let refused = match call::<_, serde_json::Value>(&socket, "verify", &op, WAIT) {
-            Err(e) => e.code.as_str().to_owned(),
-            Ok(_) => anyhow::bail!("the KMS released a key against a made-up lease"),
-        };
-        answers.push(refused);
+        })?;
+        let answer = w.as_user("casemate-host", &["kms-ask"], &op)?;
+        ensure!(
+            answer == "key_refused",
+            "asked by the host with a made-up lease, the KMS answers: {answer}"
+        );
+        answers.push(answer);
     }
     let after = kms_status(w.probe.paths)?;
     ensure!(
@@ -163,7 +163,7 @@ pub(super) async fn kms_5(w: &mut World<'_>) -> anyhow::Result<Finding> {
         started.releases - before.releases
     );
     Finding::pass(format!(
-        "made-up leases: {}; 0 released; a real start: exactly 1 release, against a lease in the log and the disk process's attestation",
+        "made-up leases, sent as the host: {}; 0 released; a real start: exactly 1 release, against a lease in the log and the disk process's attestation",
         answers.join(", ")
     ))
 }
@@ -216,6 +216,24 @@ pub(super) async fn kms_7(w: &mut World<'_>) -> anyhow::Result<Finding> {
     Finding::pass(
         "two starts: two kms.release entries; a request outside the flow: refused, flagged, kms.refused in the security log",
     )
+}
+
+/// A well-formed attestation of a process of our own, by a key that is no host's.
+fn attestation(w: &World<'_>, id: &str) -> anyhow::Result<String> {
+    let hosts = service::trust::hosts(w.probe.paths)?;
+    let measurements = service::trust::measurements(w.probe.paths)?;
+    let body = api::kms::Attestation {
+        host: hosts.into_keys().next().context("no host is trusted")?,
+        workspace: id.parse()?,
+        start_id: w.slot(id)?.start_id.context("the slot has no start")?,
+        purpose: model::Purpose::Disk,
+        nonce: hex::encode(seal::random::bytes::<16>()),
+        hpke_pub: seal::hpke::SecretKey::generate().public().to_hex(),
+        measurement: measurements["disk"].concat(),
+        time_ms: service::clock::Clock::system().now_ms(),
+    };
+    let key = seal::sign::SigningKey::generate();
+    Ok(seal::sign::Signed::new(&key, api::context::ATTESTATION, &body).to_string())
 }
 
 /// The identity key that mint vouches for.

@@ -181,17 +181,18 @@ impl<'a> World<'a> {
     /// # Errors
     /// When it can't be run.
     pub fn as_edge(&self, args: &[&str], token: &str) -> anyhow::Result<String> {
+        self.as_user("casemate-edge", args, token)
+    }
+
+    /// The same as the user of any process of the platform.
+    ///
+    /// # Errors
+    /// When it can't be run.
+    pub fn as_user(&self, user: &str, args: &[&str], input: &str) -> anyhow::Result<String> {
         let fabric = supervise::processes::fabric_name(self.probe.paths, self.probe.config);
         let mut child = Command::new("nsenter")
             .arg(format!("--net=/run/netns/{fabric}"))
-            .args([
-                "--",
-                "setpriv",
-                "--reuid",
-                "casemate-edge",
-                "--regid",
-                "casemate-edge",
-            ])
+            .args(["--", "setpriv", "--reuid", user, "--regid", user])
             .args(["--clear-groups", "--"])
             .arg(std::env::current_exe()?)
             .arg("--root")
@@ -203,13 +204,13 @@ impl<'a> World<'a> {
             .spawn()
             .context("run nsenter and setpriv (util-linux)")?;
         if let Some(mut stdin) = child.stdin.take() {
-            // A command that needs no token does not read it.
-            let _ = stdin.write_all(token.as_bytes());
+            // A command that needs none does not read it.
+            let _ = stdin.write_all(input.as_bytes());
         }
         let out = child.wait_with_output()?;
         if !out.status.success() {
             bail!(
-                "{args:?} as the edge: {}",
+                "{args:?} as {user}: {}",
                 String::from_utf8_lossy(&out.stderr).trim()
             );
         }

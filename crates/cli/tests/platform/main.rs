@@ -8,4 +8,5 @@ mod world;
 mod checks;
 mod hostile;
 mod kill;
+mod sabotage;
 mod sdk;

@@ -10,6 +10,8 @@ pub(crate) struct Platform {
     dir: tempfile::TempDir,
     /// Where the edge listens.
     pub(crate) port: u16,
+    /// `casemate`; the other executables are beside it.
+    exe: PathBuf,
 }
 
 /// An API key of an account of its own, as the variables that clients read.
@@ -21,7 +23,21 @@ pub(crate) struct Account {
 impl Platform {
     /// Starts an installation; `extra` is TOML that comes after `[edge]`.
     pub(crate) fn start(extra: &str, passphrase: Option<&str>) -> Self {
-        let platform = Self::prepare(extra);
+        Self::prepare(extra).up(passphrase)
+    }
+
+    /// The same with other executables and artifacts.
+    pub(crate) fn start_of(
+        exe: PathBuf,
+        artifacts: &Path,
+        extra: &str,
+        passphrase: Option<&str>,
+    ) -> Self {
+        Self::prepare_of(exe, artifacts, extra).up(passphrase)
+    }
+
+    fn up(self, passphrase: Option<&str>) -> Self {
+        let platform = self;
         let up = platform.casemate_with(&["up"], passphrase.unwrap_or(""));
         platform.expect_ok("up", &up);
         platform
@@ -29,6 +45,10 @@ impl Platform {
 
     /// Lays out an installation without starting it.
     pub(crate) fn prepare(extra: &str) -> Self {
+        Self::prepare_of(env!("CARGO_BIN_EXE_casemate").into(), &artifacts(), extra)
+    }
+
+    fn prepare_of(exe: PathBuf, artifacts: &Path, extra: &str) -> Self {
         let dir = tempfile::Builder::new()
             .prefix("cmt-")
             .tempdir_in(scratch())
@@ -50,7 +70,7 @@ impl Platform {
         // Hard links: the same bytes, no copy.
         let copied = Command::new("cp")
             .arg("-al")
-            .arg(artifacts())
+            .arg(artifacts)
             .arg(state.join("artifacts"))
             .status()
             .unwrap();
@@ -58,11 +78,17 @@ impl Platform {
             copied.success(),
             "link the artifacts; are they built? `cargo xtask image`"
         );
-        Self { dir, port }
+        Self { dir, port, exe }
     }
 
     pub(crate) fn root(&self) -> &Path {
         self.dir.path()
+    }
+
+    /// The network namespace of its taps.
+    pub(crate) fn fabric(&self) -> String {
+        let paths = service::paths::Paths::new(self.root());
+        cli::supervise::processes::fabric_name(&paths, &service::config::Config::default())
     }
 
     pub(crate) fn state(&self, process: &str) -> PathBuf {
@@ -89,7 +115,7 @@ impl Platform {
     /// The same, with something on standard input.
     pub(crate) fn casemate_with(&self, args: &[&str], stdin: &str) -> Output {
         use std::io::Write as _;
-        let mut child = Command::new(env!("CARGO_BIN_EXE_casemate"))
+        let mut child = Command::new(&self.exe)
             .arg("--root")
             .arg(self.root())
             .args(args)
@@ -149,7 +175,7 @@ impl Platform {
 
     /// A `casemate` of a user with an API key.
     pub(crate) fn user_command(&self, account: &Account, args: &[&str]) -> Command {
-        let mut c = Command::new(env!("CARGO_BIN_EXE_casemate"));
+        let mut c = Command::new(&self.exe);
         c.arg("--root")
             .arg(self.root())
             .args(args)
