@@ -88,10 +88,8 @@ impl Gateway {
                 "this version of the gateway does not have this call",
             ));
         }
-        if let Some(push) = self.table.untold(&workspace) {
-            let taken = tokio::time::timeout(PUSH_MAX, self.guests.tell(&push)).await;
-            self.table.told(&push, matches!(taken, Ok(Ok(()))));
-        }
+        // A guest that does not listen is asked all the same, and judges for itself.
+        let _ = tokio::time::timeout(PUSH_MAX, self.guest_told(&workspace)).await;
         let live = Arc::new(live);
         let cut = live.cut();
         let upload = Relay::payload(
@@ -118,6 +116,23 @@ impl Gateway {
         *answer.headers_mut() = headers::to_client(answer.headers(), true, head);
         let held = Held { lease, _live: live };
         Ok(answer.map(|body| Relay::payload(body, Some(cut), seen.bytes(), held)))
+    }
+
+    /// Returns when the workspace's guest was told its token state.
+    async fn guest_told(&self, workspace: &WorkspaceId) {
+        loop {
+            let mut settled = std::pin::pin!(self.table.settled.notified());
+            settled.as_mut().enable();
+            match self.table.untold(workspace) {
+                None => return,
+                // One handshake is enough.
+                Some((_, true)) => settled.await,
+                Some((push, false)) => {
+                    let taken = self.guests.tell(&push).await.is_ok();
+                    return self.table.told(&push, taken);
+                }
+            }
+        }
     }
 
     /// The workspace and claims of a request's token, if the token is good.

@@ -7,6 +7,7 @@ use std::time::Duration;
 use api::agent::tls_name;
 use api::{Error, ErrorCode};
 use http::{HeaderValue, Request, Response, StatusCode, Uri, header};
+use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
 use model::{StartId, WorkspaceId};
 use seal::tls::rustls_pki_types::ServerName;
@@ -15,8 +16,10 @@ use seal::tls::{HTTP1, Identity, Leaf, client_config};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
-use crate::body::{Payload, full};
-use crate::limits::{CLIENT_CERT_TTL, GUEST_ANSWER_MAX, GUEST_DIAL_MAX, GUEST_IDLE_MAX};
+use crate::body::{AtEnd, Payload, full};
+use crate::limits::{
+    CLIENT_CERT_TTL, GUEST_ANSWER_MAX, GUEST_DIAL_MAX, GUEST_IDLE_MAX, TOLD_MAX_BYTES,
+};
 use crate::metrics::Metrics;
 use crate::state::{Push, Route, Table};
 use crate::upstream::{Lease, Link, Pool, broken};
@@ -104,15 +107,18 @@ impl Guests {
             .map_err(Error::internal)?;
         let json = HeaderValue::from_static("application/json");
         request.headers_mut().insert(header::CONTENT_TYPE, json);
-        let (response, _lease) = self.send(&push.route, request, |_| {}).await?;
+        let (response, mut lease) = self.send(&push.route, request, |_| {}).await?;
+        let status = response.status();
+        // Read to its end, the connection can carry the workspace's first request.
+        let rest = Limited::new(response.into_body(), TOLD_MAX_BYTES);
+        if rest.collect().await.is_ok() {
+            lease.at_end();
+        }
         // 409: it holds a newer one, from host.
-        if response.status().is_success() || response.status() == StatusCode::CONFLICT {
+        if status.is_success() || status == StatusCode::CONFLICT {
             return Ok(());
         }
-        Err(
-            Error::new(ErrorCode::BadGateway, "the guest refused its token state")
-                .detail(response.status()),
-        )
+        Err(Error::new(ErrorCode::BadGateway, "the guest refused its token state").detail(status))
     }
 
     /// Closes idle connections that are old or may no longer be used.

@@ -97,6 +97,8 @@ pub const REFRESHES_MAX: usize = 32;
 pub const PUSHES_MAX: usize = 256;
 /// Pause before a token state is offered again to a guest that did not take it.
 pub const PUSH_RETRY: Duration = Duration::from_secs(1);
+/// What a guest may answer to one, bytes.
+pub const TOLD_MAX_BYTES: usize = 4 << 10;
 /// How long one such offer may take.
 pub const PUSH_MAX: Duration = Duration::from_secs(5);
 

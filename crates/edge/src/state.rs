@@ -83,6 +83,8 @@ pub struct Table {
     inner: Mutex<Inner>,
     /// Something changed that guests may have to be told.
     pub changed: Notify,
+    /// Telling a guest has ended, one way or the other.
+    pub settled: Notify,
 }
 
 #[derive(Default)]
@@ -204,6 +206,7 @@ impl Table {
                 ..Inner::default()
             }),
             changed: Notify::new(),
+            settled: Notify::new(),
         })
     }
 
@@ -425,13 +428,12 @@ impl Table {
     }
 
     /// What a guest must be told before it gets a request, or it would judge the token by an
-    /// older state than the edge did.
+    /// older state than the edge did; and whether it is being told something already.
     #[must_use]
-    pub fn untold(&self, workspace: &WorkspaceId) -> Option<Push> {
-        self.lock()
-            .entries
-            .get(workspace)?
-            .untold(workspace, &self.net)
+    pub fn untold(&self, workspace: &WorkspaceId) -> Option<(Push, bool)> {
+        let inner = self.lock();
+        let entry = inner.entries.get(workspace)?;
+        Some((entry.untold(workspace, &self.net)?, entry.telling))
     }
 
     /// How telling went.
@@ -445,6 +447,7 @@ impl Table {
             }
         }
         drop(inner);
+        self.settled.notify_waiters();
         self.changed.notify_one();
     }
 
