@@ -1,6 +1,6 @@
 //! `/etc/casemate/casemate.toml`. Unknown fields are errors; every bound is named in the message.
 
-use crate::limits::CONFIG_MAX_BYTES;
+use crate::limits::{CONFIG_MAX_BYTES, DISK_BYTES_PER_S, DISK_OPS_PER_S};
 use anyhow::{Context as _, bail};
 use serde::{Deserialize, Serialize};
 use std::net::{Ipv4Addr, SocketAddr};
@@ -213,10 +213,11 @@ impl Config {
         if ns.len() > 32 || !ns.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-') {
             bail!("network.namespace must be at most 32 letters, digits and '-'");
         }
-        if config.limits.disk_bytes_per_s < 1 << 20 || config.limits.disk_ops_per_s < 10 {
-            bail!(
-                "limits: disk_bytes_per_s must be at least 1 MiB/s and disk_ops_per_s at least 10"
-            );
+        if !DISK_BYTES_PER_S.contains(&config.limits.disk_bytes_per_s) {
+            bail!("limits.disk_bytes_per_s must be between 1 MiB/s and 1 TiB/s");
+        }
+        if !DISK_OPS_PER_S.contains(&config.limits.disk_ops_per_s) {
+            bail!("limits.disk_ops_per_s must be between 10 and 100000000");
         }
         let db = &config.control.database;
         if db != "sqlite" && !db.starts_with("postgres://") {
@@ -254,6 +255,11 @@ mod tests {
             ("[host]\npool_sise = 1", "pool_sise"),
             ("[network]\nbase = \"8.8.0.0\"", "network.base"),
             ("[network]\nbase = \"10.1.2.0\"", "network.base"),
+            (
+                "[limits]\ndisk_ops_per_s = 1000000000",
+                "limits.disk_ops_per_s",
+            ),
+            ("[limits]\ndisk_bytes_per_s = 1", "limits.disk_bytes_per_s"),
             ("[control]\ndatabase = \"mysql://\"", "control.database"),
             ("[installation]\nname = \"a b\"", "installation.name"),
         ] {

@@ -8,3 +8,7 @@ pub const CONFIG_MAX_BYTES: u64 = 64 << 10;
 pub const TRUST_MAX_BYTES: u64 = 256 << 10;
 /// How long a drain waits for requests in flight.
 pub const DRAIN_MAX: std::time::Duration = std::time::Duration::from_secs(10);
+/// Disk bandwidth of a workspace, bytes/s: what the disk process takes.
+pub const DISK_BYTES_PER_S: std::ops::RangeInclusive<u64> = 1 << 20..=1 << 40;
+/// Disk operations/s of a workspace: what the disk process takes.
+pub const DISK_OPS_PER_S: std::ops::RangeInclusive<u64> = 10..=100_000_000;
