@@ -238,10 +238,19 @@ async fn i19_each_operation_is_closed_to_others_and_each_act_leaves_entries() {
                 .filter(|(_, e)| e.request_id == got.request_id);
             of.cloned().collect::<Vec<_>>()
         };
-        let host: Vec<_> = entries()
-            .into_iter()
-            .filter(|(c, _)| *c == Class::Host)
-            .collect();
+        let of_host = || {
+            let all = entries().into_iter();
+            all.filter(|(c, _)| *c == Class::Host).collect::<Vec<_>>()
+        };
+        // A closing act does not wait for a slow log; its entries come all the same.
+        let host = w
+            .until("the act's entries", async || {
+                let host = of_host();
+                let has = |phase| host.iter().any(|(_, e)| e.phase == phase);
+                let all = o.kind != Kind::Act || (has(Phase::Intent) && has(Phase::Outcome));
+                all.then_some(host)
+            })
+            .await;
         if o.kind == Kind::Act {
             let intent = host.iter().position(|(_, e)| e.phase == Phase::Intent);
             let outcome = host.iter().position(|(_, e)| e.phase == Phase::Outcome);
