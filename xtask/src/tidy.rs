@@ -71,12 +71,6 @@ fn crates(root: &Path, faults: &mut Vec<String>) -> anyhow::Result<()> {
             };
             let dep_name = short(full);
             let dev = dep["kind"] == "dev";
-            if dep_name == "sim" {
-                if !dev {
-                    faults.push(format!("crates/{name}: sim is for tests only"));
-                }
-                continue;
-            }
             // A test may start a neighbour for real.
             if dev {
                 continue;
