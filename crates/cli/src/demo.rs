@@ -220,7 +220,17 @@ async fn acts(client: &Client, probe: &Probe<'_>, code: &str, id: &str) -> anyho
     client
         .post(&format!("/workspace/{id}/stop"), &json!({}))
         .await?;
-    say("stopped", "the VM and the disk process are gone", t);
+    for pid in [Some(slot.vmm_pid), slot.disk_pid].into_iter().flatten() {
+        ensure!(
+            !std::path::Path::new(&format!("/proc/{pid}")).exists(),
+            "process {pid} of the stopped workspace is still there"
+        );
+    }
+    say(
+        "stopped",
+        "looked: the processes of VM and disk are gone",
+        t,
+    );
 
     let t = Instant::now();
     let file = probe.disk_file(id);
