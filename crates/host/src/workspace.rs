@@ -3,6 +3,7 @@
 //! It is woken by a new desired state, by its VM going away, and by nothing else; whatever it
 //! holds in memory may be lost at any moment (see the machine's notes on a kill of host).
 
+use crate::activity::Activity;
 use crate::desired::Store;
 use crate::feed::Feed;
 use crate::fleet::{Fleet, Shape, Spare};
@@ -12,12 +13,13 @@ use crate::peers::Peers;
 use api::agent::Attach;
 use api::audit::Lease;
 use api::host::{Actual, ActualState, Desired};
-use api::warden::{Open, Source};
+use api::warden::{NetRates, Open, Source};
 use api::{Error, ErrorCode};
 use model::limits::PORT_AGENT_TLS;
 use model::{Power, StartId, WorkspaceId};
 use service::clock::Clock;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 use tokio::sync::watch;
 
 /// What all workspaces of a host share.
@@ -32,6 +34,8 @@ pub struct Shared {
     pub store: Store,
     /// The clock.
     pub clock: Clock,
+    /// When each was used last.
+    pub activity: Activity,
 }
 
 /// Where a workspace's VM is, for the watcher.
@@ -96,7 +100,7 @@ pub struct Workspace {
     start_id: Option<StartId>,
     attestation: Option<String>,
     released: Option<api::kms::Released>,
-    net: Option<Vec<Open>>,
+    net: Option<(Vec<Open>, NetRates)>,
     since_ms: Option<u64>,
     /// The last start whose lease is used up.
     spent: Option<StartId>,
@@ -153,10 +157,16 @@ impl Workspace {
             let goes_on = match step {
                 Step::Rest if desired.power == Power::Deleted => return,
                 Step::Rest => self.rest().await,
-                step => match self.perform(step, &desired).await {
-                    Ok(()) => true,
-                    Err(e) => self.failed(step, &desired, e).await,
-                },
+                step => {
+                    let began = Instant::now();
+                    let done = self.perform(step, &desired).await;
+                    let ms = began.elapsed().as_secs_f64() * 1e3;
+                    tracing::debug!(workspace = %self.id, start = ?self.start_id, ?step, ms, "step");
+                    match done {
+                        Ok(()) => true,
+                        Err(e) => self.failed(step, &desired, e).await,
+                    }
+                }
             };
             if !goes_on {
                 return;
@@ -196,7 +206,7 @@ impl Workspace {
     fn facts(&self, desired: &Desired) -> Facts {
         Facts {
             vm: self.vm,
-            net_current: self.net.as_ref() == Some(&triples(desired)),
+            net_current: self.net.as_ref() == Some(&rules(desired)),
             lease_usable: self.lease(desired).is_some(),
             erased: self.erased,
             refused: self.refused == Some(desired.generation),
@@ -268,9 +278,9 @@ impl Workspace {
                 self.vm = Vm::DiskIn;
             }
             Step::NetSet => {
-                let open = triples(desired);
-                peers.net_set(self.slot()?, open.clone()).await?;
-                self.net = Some(open);
+                let rules = rules(desired);
+                peers.net_set(self.slot()?, rules.clone()).await?;
+                self.net = Some(rules);
                 if self.vm == Vm::DiskIn {
                     self.vm = Vm::Fenced;
                 }
@@ -283,6 +293,7 @@ impl Workspace {
             Step::Resume => {
                 peers.vm_resume(self.slot()?).await?;
                 self.vm = Vm::Running;
+                shared.activity.note(&self.id);
             }
             Step::Shutdown => {
                 // Whatever comes of it, the VM is closed next.
@@ -344,6 +355,7 @@ impl Workspace {
             _ = died => return Err(lost()),
         }
         self.vm = Vm::Running;
+        self.shared.activity.note(&self.id);
         self.since_ms = Some(self.shared.clock.now_ms());
         self.place_set(true);
         Ok(())
@@ -443,6 +455,11 @@ impl Workspace {
     fn place_clear(&self) {
         *self.place.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
+}
+
+/// What warden's firewall is told of a desired state.
+fn rules(desired: &Desired) -> (Vec<Open>, NetRates) {
+    (triples(desired), desired.net_rates)
 }
 
 /// The firewall triples of a desired state: `public_access` adds the edge to the sources; what

@@ -14,6 +14,7 @@ use std::future::Future;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Mutex, Semaphore, watch};
@@ -215,17 +216,12 @@ where
     H: Fn(Peer, String, Op) -> F,
     F: Future<Output = api::Result<serde_json::Value>>,
 {
-    /// Enough of a request to answer it with an error.
-    #[derive(serde::Deserialize)]
-    struct Head {
-        #[serde(default)]
-        id: u64,
-    }
-    let id = serde_json::from_slice::<Head>(buf).map_or(0, |h| h.id);
+    let began = Instant::now();
     let request: Request<Op> = match decode(buf) {
         Ok(r) => r,
-        Err(e) => return Reply::new(id, Err(e)),
+        Err(e) => return Reply::new(Head::of(buf).id, Err(e)),
     };
+    let id = request.id;
     if request.v != VERSION {
         return Reply::new(
             id,
@@ -246,7 +242,33 @@ where
             detail = e.detail.as_deref().unwrap_or(""), "refused"
         );
     }
+    if tracing::enabled!(tracing::Level::DEBUG) {
+        let op = Head::of(buf).body.op;
+        let ms = began.elapsed().as_secs_f64() * 1e3;
+        tracing::debug!(peer = %peer.process, request_id, op, ms, "answered");
+    }
     Reply::new(id, result)
+}
+
+/// Enough of a request to answer it with an error, and to name it in the log.
+#[derive(Default, serde::Deserialize)]
+#[serde(default)]
+struct Head {
+    id: u64,
+    body: Tag,
+}
+
+#[derive(Default, serde::Deserialize)]
+#[serde(default)]
+struct Tag {
+    op: String,
+}
+
+impl Head {
+    /// What can be read of it.
+    fn of(buf: &[u8]) -> Self {
+        serde_json::from_slice(buf).unwrap_or_default()
+    }
 }
 
 #[cfg(test)]

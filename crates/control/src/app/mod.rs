@@ -9,6 +9,7 @@ pub mod lifecycle;
 pub mod network;
 pub mod power;
 pub mod removal;
+pub mod resources;
 pub mod runtime_access;
 pub mod stats;
 pub mod workspace;
@@ -21,6 +22,7 @@ use crate::store::{Store, Workspace};
 use api::audit::Lease;
 use api::host::{Actual, ActualState, Desired, Info};
 use api::rpc::Client;
+use api::warden::NetRates;
 use api::{Error, ErrorCode};
 use model::{HostId, Purpose, StartId, WorkspaceId};
 use seal::sign::{Signed, VerifyingKey};
@@ -225,6 +227,11 @@ impl App {
             resources: w.doc.resources,
             disk_bytes_per_s: self.config.limits.disk_bytes_per_s,
             disk_ops_per_s: self.config.limits.disk_ops_per_s,
+            net_rates: NetRates {
+                bytes_per_s: self.config.limits.network_bytes_per_s,
+                packets_per_s: self.config.limits.network_packets_per_s,
+            },
+            pids: self.config.limits.pids,
             config: w.doc.config.clone(),
             public_access: w.doc.public_access,
             ingress_ports: w.doc.ingress_ports.clone(),
@@ -257,6 +264,15 @@ impl App {
             config_digest: hex::encode(seal::hash::sha256(config.as_bytes())),
         }
     }
+}
+
+/// Does a step of an operation, and says in the operator's log (level debug) how long it took.
+pub async fn timed<T>(op: &Op, step: &'static str, work: impl Future<Output = T>) -> T {
+    let began = Instant::now();
+    let done = work.await;
+    let ms = began.elapsed().as_secs_f64() * 1e3;
+    tracing::debug!(request_id = op.request_id, step, ms, "step");
+    done
 }
 
 /// The payload of a document that `key` signed.

@@ -1,6 +1,6 @@
 //! Workspaces: create, list, get, update.
 
-use super::{App, signed, start_error};
+use super::{App, signed, start_error, timed};
 use crate::audit::Act;
 use crate::limits::{READY_WAIT_MS, READY_WAIT_POLLING_MS};
 use crate::op::Op;
@@ -77,7 +77,7 @@ pub async fn workspace_create(app: &Arc<App>, op: &Op, spec: Spec) -> api::Resul
         let actual = app.actual(op, &before.id).await;
         return Ok((before, actual));
     }
-    let info = app.host_info(op).await?;
+    let info = timed(op, "host_info", app.host_info(op)).await?;
     let wanted = spec.image.as_deref().unwrap_or(&app.config.host.pool_image);
     let image = info
         .images
@@ -145,14 +145,14 @@ pub async fn workspace_create(app: &Arc<App>, op: &Op, spec: Spec) -> api::Resul
     act.data
         .insert("public_access".into(), w.doc.public_access.into());
     let lease = app.lease_new(&w.id, &w.doc.host, &w.doc.config);
-    let receipt = app.audit.intent_with_lease(op, &act, &lease).await?;
+    let receipt = timed(op, "intent", app.audit.intent_with_lease(op, &act, &lease)).await?;
     let wait_ms = if spec.wait_ready {
         READY_WAIT_MS
     } else {
         READY_WAIT_POLLING_MS
     };
     let made = make(app, op, &w, &lease, &receipt, wait_ms).await;
-    app.audit.outcome(op, &act, &made).await;
+    timed(op, "outcome", app.audit.outcome(op, &act, &made)).await;
     made
 }
 
@@ -166,11 +166,11 @@ async fn make(
     wait_ms: u64,
 ) -> api::Result<Seen> {
     let max = app.config.limits.workspaces_per_account;
-    if let Inserted::Existing(before) = app.store.workspace_insert(w, max).await? {
+    if let Inserted::Existing(before) = timed(op, "row", app.store.workspace_insert(w, max)).await? {
         let actual = app.actual(op, &before.id).await;
         return Ok((*before, actual));
     }
-    let identity = match key_create(app, op, w, receipt).await {
+    let identity = match timed(op, "key", key_create(app, op, w, receipt)).await {
         Ok(identity) => identity,
         Err(e) => {
             // Unwind: nothing of it must stay. A clear refusal made no key to destroy.
@@ -184,7 +184,7 @@ async fn make(
             return Err(e);
         }
     };
-    let w = match provision(app, op, w, identity).await {
+    let w = match timed(op, "provision", provision(app, op, w, identity)).await {
         Ok(w) => w,
         Err(e) => {
             super::removal::unwind(app, op, w, false).await;
@@ -192,17 +192,15 @@ async fn make(
         }
     };
     // From here on it exists, whether or not it runs yet.
-    let actual = match app
-        .host_apply(op, &w, Some((lease, receipt)), wait_ms)
-        .await
-    {
+    let apply = app.host_apply(op, &w, Some((lease, receipt)), wait_ms);
+    let actual = match timed(op, "host", apply).await {
         Ok(actual) => Some(actual),
         Err(e) => {
             tracing::warn!(workspace = %w.id, error = %e, detail = e.detail, "first start");
             None
         }
     };
-    let w = super::power::ran_note(app, &w, actual.as_ref()).await?;
+    let w = timed(op, "note", super::power::ran_note(app, &w, actual.as_ref())).await?;
     Ok((w, actual))
 }
 
