@@ -1,12 +1,13 @@
 //! VMM drivers, and the heart of vmctl.
 //!
 //! ```text
-//! warden ── qemu::argv ──▶ QEMU in its jail ◀── qmp ── vmctl::Vm ◀── server ◀── host
-//!                               │ virtio-serial                        ▲
+//! warden ── argv ──▶ the VMM in its jail ◀── QMP or API ── vmctl::Vm ◀── server ◀── host
+//!                               │ virtio-serial or vsock               ▲
 //!                               └──────────── agent channel ───────────┘
 //! ```
 //!
-//! [`Vmm`] is the closed set of acts on a running VMM; [`qemu::Qemu`] does them over QMP.
+//! [`Vmm`] is the closed set of acts on a running VMM; [`qemu::Qemu`] does them over QMP,
+//! [`firecracker::Firecracker`] over its API. [`driver`] says which one runs here and why.
 //! [`vmctl::Vm`] is the state machine of one VM above it, [`server`] its two sockets.
 //!
 //! Must never: read guest memory, pass a caller's text to the VMM, hold a key, trust what the
@@ -15,6 +16,8 @@
 #![forbid(unsafe_code)]
 
 pub mod agent;
+pub mod driver;
+pub mod firecracker;
 pub mod kvm;
 pub mod limits;
 pub mod log;

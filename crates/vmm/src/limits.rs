@@ -15,6 +15,15 @@ pub const MIGRATE_POLL: Duration = Duration::from_millis(1);
 /// How long the VMM may take to end after `quit`.
 pub const QUIT_MAX: Duration = Duration::from_secs(5);
 
+/// Longest head of an answer of Firecracker's API, bytes.
+pub const API_HEAD_MAX_BYTES: usize = 8 << 10;
+/// Longest body of one, bytes.
+pub const API_BODY_MAX_BYTES: usize = 64 << 10;
+/// How long Firecracker may take to answer; a snapshot may take [`MIGRATE_MAX`].
+pub const API_CALL_MAX: Duration = Duration::from_secs(10);
+/// How long writing a request to it may block.
+pub const API_WRITE_MAX: Duration = Duration::from_secs(5);
+
 /// How long a restored guest may take to its rehearsal's end.
 pub const PREPARE_TEMPLATE_MAX: Duration = Duration::from_secs(30);
 /// How long a cold boot may take to its rehearsal's end.
@@ -47,6 +56,8 @@ pub const MEMORY_MIN_MIB: u32 = 128;
 pub const MEMORY_MAX_MIB: u32 = 1 << 20;
 /// Virtual CPUs: what `microvm` takes.
 pub const CPUS_MAX: u32 = 64;
+/// Virtual CPUs: what Firecracker takes.
+pub const CPUS_MAX_FIRECRACKER: u32 = 32;
 
 /// How long the KVM probe's guest may run.
 pub const PROBE_MAX: Duration = Duration::from_secs(3);
