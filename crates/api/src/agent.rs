@@ -34,6 +34,22 @@ pub enum FromGuest {
 pub struct Up {
     /// The guest's kernel release.
     pub kernel: String,
+    /// What the start took inside, step by step; at most [`STEPS_MAX`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub steps: Vec<StepTime>,
+}
+
+/// Most steps that [`Up`] tells of.
+pub const STEPS_MAX: usize = 32;
+
+/// How long one step of a start took.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StepTime {
+    /// Its name: one word.
+    pub name: String,
+    /// µs.
+    pub us: u32,
 }
 
 /// To the guest.

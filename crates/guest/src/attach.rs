@@ -11,11 +11,11 @@ use std::fs::{self, File};
 use std::io;
 use std::net::Ipv4Addr;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use api::agent::{Attach, GuestConfig, VOLUME_OFFSET_BYTES, tls_name};
+use api::agent::{Attach, GuestConfig, StepTime, VOLUME_OFFSET_BYTES, tls_name};
 use rustix::fs::Mode;
 use rustix::mount::MountFlags;
 use seal::tls::rustls::ServerConfig;
@@ -31,11 +31,30 @@ use crate::sys::{self, Reseeded};
 
 /// Where the workspace's disk is mounted in the agent's namespace.
 pub const DISK: &str = "/disk";
-const DEVICE: &str = "/dev/vdb";
-const PARTITION: &str = "/dev/vdb1";
 const ROOT_NEW: &str = "/root-new";
+/// What the workspace sees as its kernel's boot id.
+const BOOT_ID: &str = "/boot-id";
 /// The newest token state this workspace has seen: a host can't bring back an older one.
 pub const TOKEN_STATE: &str = "/disk/casemate/token-state";
+
+/// A whole disk and its first partition, which an attach adds.
+pub struct Device {
+    /// The disk's path.
+    pub disk: String,
+    /// The partition's path.
+    pub partition: String,
+}
+
+impl Device {
+    /// The workspace's disk.
+    #[must_use]
+    pub fn workspace() -> Self {
+        Self {
+            disk: "/dev/vdb".into(),
+            partition: "/dev/vdb1".into(),
+        }
+    }
+}
 
 /// Why there is no workspace.
 #[derive(Debug, thiserror::Error)]
@@ -87,34 +106,89 @@ pub struct Workspace {
     pub tls: Arc<ServerConfig>,
     /// Runs once it is up.
     pub cmd: Vec<String>,
+    /// What took how long.
+    pub laps: Laps,
 }
 
-/// Becomes the workspace.
+/// Becomes the workspace on `device`. A rehearsal calls this too, in namespaces of its own.
 ///
 /// # Errors
 /// Which step failed; the machine is of no further use then.
-pub fn attach(attach: &Attach) -> Result<Workspace, AttachError> {
+pub fn attach(attach: &Attach, device: &Device) -> Result<Workspace, AttachError> {
+    let mut laps = Laps::begin();
     let address =
         Address::parse(&attach.ip, attach.prefix, &attach.gateway).map_err(AttachError::Request)?;
     clock_set(attach.time_unix_ns)?;
-    let (identity, device) = identity::read(Path::new(DEVICE))?;
+    laps.lap("clock");
+    let (identity, disk) = identity::read(Path::new(&device.disk))?;
     let config = config_check(&attach.config, &identity)?;
+    laps.lap("identity");
     let reseeded =
         sys::random_reseed(&identity.seed).map_err(step("reseeding the kernel's generator"))?;
+    laps.lap("reseed");
     let tls = tls_config(&identity, &reseeded)?;
-    disk_mount(&device)?;
-    drop(device);
+    laps.lap("tls");
+    let length_bytes = partition_add(&disk)?;
+    drop(disk);
+    laps.lap("partition");
+    disk_mount(&device.partition, length_bytes)?;
+    laps.lap("mount");
     let auth = auth(&identity, &attach.token_state)?;
-    let root = rootfs::assemble(Path::new(BASE), Path::new(DISK), Path::new(ROOT_NEW))?;
+    laps.lap("token_state");
+    let boot_id = boot_id_file(&reseeded).map_err(step("writing the boot id"))?;
+    let root = rootfs::assemble(&rootfs::Parts {
+        base: Path::new(BASE),
+        disk: Path::new(DISK),
+        boot_id: &boot_id,
+        at: Path::new(ROOT_NEW),
+    })?;
+    laps.lap("root");
     names_set(&root.files, &config.hostname, &address)?;
+    laps.lap("names");
     net::configure(&address).map_err(step("configuring eth0"))?;
+    laps.lap("network");
     Ok(Workspace {
         auth,
         files: Arc::new(root.files),
         launcher: Launcher::new(Some(root.namespace), &config.env),
         tls,
         cmd: config.cmd,
+        laps,
     })
+}
+
+/// How long each step of an attach took, by the monotonic clock: the other one is being set.
+pub struct Laps {
+    last: Instant,
+    steps: Vec<StepTime>,
+}
+
+impl Laps {
+    /// From now.
+    #[must_use]
+    pub fn begin() -> Self {
+        Self {
+            last: Instant::now(),
+            steps: Vec::new(),
+        }
+    }
+
+    /// Ends the step `name`.
+    pub fn lap(&mut self, name: &str) {
+        let now = Instant::now();
+        let us = now.duration_since(self.last).as_micros();
+        self.steps.push(StepTime {
+            name: name.into(),
+            us: u32::try_from(us).unwrap_or(u32::MAX),
+        });
+        self.last = now;
+    }
+
+    /// The steps, in order.
+    #[must_use]
+    pub fn steps(self) -> Vec<StepTime> {
+        self.steps
+    }
 }
 
 /// Sets the machine's clock.
@@ -139,6 +213,25 @@ fn tls_config(identity: &Identity, _: &Reseeded) -> Result<Arc<ServerConfig>, At
         Some(identity.edge_key),
         seal::tls::HTTP1,
     )?)
+}
+
+/// A file with a boot id of this start's own: the kernel's is in the template, the same for all.
+fn boot_id_file(_: &Reseeded) -> io::Result<PathBuf> {
+    let mut id: [u8; 16] = seal::random::bytes();
+    // RFC 9562: version 4, variant 10.
+    id[6] = id[6] & 0x0f | 0x40;
+    id[8] = id[8] & 0x3f | 0x80;
+    let hex = hex::encode(id);
+    let parts = [
+        &hex[..8],
+        &hex[8..12],
+        &hex[12..16],
+        &hex[16..20],
+        &hex[20..],
+    ];
+    let path = Path::new(BOOT_ID);
+    fs::write(path, parts.join("-") + "\n")?;
+    Ok(path.to_owned())
 }
 
 fn config_check(text: &str, identity: &Identity) -> Result<GuestConfig, AttachError> {
@@ -201,15 +294,20 @@ pub fn token_state_store(path: &Path, signed: &str) -> io::Result<()> {
     fs::rename(&temporary, path)
 }
 
-/// Makes the volume behind the identity area a partition and mounts its ext4.
-fn disk_mount(device: &File) -> Result<(), BootError> {
+/// Makes the volume behind the identity area a partition; gives its length, bytes.
+fn partition_add(device: &File) -> Result<u64, BootError> {
     let size_bytes = size_wait(device).map_err(step("reading the size of the disk"))?;
     let length_bytes = size_bytes - VOLUME_OFFSET_BYTES;
     sys::partition_add(device, VOLUME_OFFSET_BYTES, length_bytes)
         .map_err(step("adding the disk's partition"))?;
+    Ok(length_bytes)
+}
+
+/// Mounts the volume's ext4.
+fn disk_mount(partition: &str, length_bytes: u64) -> Result<(), BootError> {
     let flags = MountFlags::NOATIME | MountFlags::NODEV;
-    mount(PARTITION, "ext4", Path::new(DISK), flags, Some(c"discard"))
-        .map_err(step(format!("mounting {PARTITION} (ext4)")))?;
+    mount(partition, "ext4", Path::new(DISK), flags, Some(c"discard"))
+        .map_err(step(format!("mounting {partition} (ext4)")))?;
     grow(length_bytes);
     Ok(())
 }
@@ -264,17 +362,14 @@ fn ext4_size_bytes(device: &File) -> io::Result<u64> {
 }
 
 /// Lets the file system grow into a disk that has become larger; in the background, as it works
-/// without too.
+/// without too. The kernel does nothing where it fills its disk already.
 fn grow(length_bytes: u64) {
     let Ok(disk) = File::open(DISK) else { return };
     let Ok(stat) = rustix::fs::fstatvfs(&disk) else {
         return;
     };
     let blocks = length_bytes / stat.f_frsize.max(1);
-    // f_blocks leaves out the file system's own blocks, so it is compared generously.
-    if blocks > stat.f_blocks + stat.f_blocks / 8 + (64 << 20) / stat.f_frsize.max(1) {
-        std::thread::spawn(move || sys::ext4_resize(&disk, blocks));
-    }
+    std::thread::spawn(move || sys::ext4_resize(&disk, blocks));
 }
 
 /// Hostname, hosts, resolver and machine id.

@@ -18,7 +18,7 @@ use crate::net;
 /// Where the base image is mounted in the agent's namespace.
 pub const BASE: &str = "/base";
 /// The base image's device.
-const BASE_DEVICE: &str = "/dev/vda";
+pub(crate) const BASE_DEVICE: &str = "/dev/vda";
 const MODULES: &str = "/lib/modules/casemate";
 /// Descriptors that the agent and each process of the workspace may have open.
 const DESCRIPTORS_MAX: u64 = 65_536;
@@ -69,7 +69,8 @@ pub fn prepare() -> Result<(), BootError> {
     };
     rustix::process::setrlimit(rustix::process::Resource::Nofile, limit)
         .map_err(|e| step("raising the descriptor limit")(e.into()))?;
-    net::loopback_up().map_err(step("bringing lo up"))
+    net::loopback_up().map_err(step("bringing lo up"))?;
+    net::link_up().map_err(step("bringing eth0 up"))
 }
 
 /// Opens the port; from here on failures can be told.

@@ -21,13 +21,14 @@ use rustix::mount::MountFlags;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 
-use crate::attach::{self, TOKEN_STATE, Workspace, memory_bytes};
+use crate::attach::{self, Device, TOKEN_STATE, Workspace, memory_bytes};
 use crate::boot::{self, BootError, step};
 use crate::channel::{Received, Receiver, Sender};
 use crate::exec::Tasks;
 use crate::http::{Service, serve_direct, serve_edge};
 use crate::launch::Launcher;
-use crate::{power, reap, rehearse};
+use crate::rehearse::{self, Extent};
+use crate::{power, reap};
 
 /// The agent's port for the edge: mutual TLS.
 pub const EDGE_PORT: u16 = 9991;
@@ -86,6 +87,8 @@ fn blank(sender: &Sender, mut receiver: Receiver) {
         ),
         Err(error) => sender.send_failed("boot_failed", &error.to_string()),
     }
+    // The first is the template's: a restored machine remembers it.
+    let mut extent = Extent::Caches;
     loop {
         let message = match receiver.receive() {
             Ok(Received::Message(message)) => *message,
@@ -96,12 +99,15 @@ fn blank(sender: &Sender, mut receiver: Receiver) {
             Err(_) => return,
         };
         match message {
-            ToGuest::Rehearse => match rehearse::rehearse() {
-                Ok(()) => tell(sender, &FromGuest::Rehearsed),
+            ToGuest::Rehearse => match rehearse::rehearse(extent) {
+                Ok(()) => {
+                    extent = Extent::Code;
+                    tell(sender, &FromGuest::Rehearsed);
+                }
                 Err(error) => sender.send_failed("rehearse_failed", &error.to_string()),
             },
             ToGuest::Clock { time_unix_ns } => clock_set(sender, time_unix_ns),
-            ToGuest::Attach(message) => match attach::attach(&message) {
+            ToGuest::Attach(message) => match attach::attach(&message, &Device::workspace()) {
                 Ok(workspace) => {
                     if let Err(error) = up(workspace, sender, receiver) {
                         sender.send_failed("service_failed", &error.to_string());
@@ -128,6 +134,7 @@ fn up(workspace: Workspace, sender: &Sender, receiver: Receiver) -> Result<(), B
         launcher,
         tls,
         cmd,
+        mut laps,
     } = workspace;
     let served = runtime.block_on(async {
         let any = Ipv4Addr::UNSPECIFIED;
@@ -148,7 +155,9 @@ fn up(workspace: Workspace, sender: &Sender, receiver: Receiver) -> Result<(), B
             .release()
             .to_string_lossy()
             .into_owned();
-        tell(sender, &FromGuest::Up(Up { kernel }));
+        laps.lap("listen");
+        let steps = laps.steps();
+        tell(sender, &FromGuest::Up(Up { kernel, steps }));
         while let Some(received) = messages.recv().await {
             match received {
                 Received::Message(message) => match *message {

@@ -18,11 +18,13 @@ pub extern "C" fn main(_argc: c_int, _argv: *const *const c_char) -> c_int {
     if std::process::id() == 1 {
         guest::init::run();
     }
-    if std::env::args().nth(1).as_deref() != Some(guest::rehearse::ARGUMENT) {
+    let mut arguments = std::env::args().skip(1);
+    if arguments.next().as_deref() != Some(guest::rehearse::ARGUMENT) {
         eprintln!("casemate-guest is the init of a Casemate guest; it does nothing elsewhere");
         return 2;
     }
-    match std::panic::catch_unwind(guest::rehearse::run) {
+    let extent = arguments.next().unwrap_or_default();
+    match std::panic::catch_unwind(|| guest::rehearse::run(&extent)) {
         Ok(Ok(())) => 0,
         Ok(Err(error)) => {
             eprintln!("casemate-guest: {error}");

@@ -60,13 +60,21 @@ pub fn loopback_up() -> io::Result<()> {
     Interfaces::new()?.up("lo", true)
 }
 
-/// Gives `eth0` its address and the default route.
+/// Brings `eth0` up, without an address: it is deaf and mute, and an attach need not wait for its
+/// rings to be made.
+///
+/// # Errors
+/// The kernel's answer.
+pub fn link_up() -> io::Result<()> {
+    Interfaces::new()?.up(INTERFACE, true)
+}
+
+/// Gives `eth0` its hardware address, its address and the default route.
 ///
 /// # Errors
 /// The kernel's answer.
 pub fn configure(address: &Address) -> io::Result<()> {
     let interfaces = Interfaces::new()?;
-    interfaces.up(INTERFACE, false)?;
     interfaces.hardware_address(INTERFACE, address.mac())?;
     interfaces.address(INTERFACE, address.ip, address.mask())?;
     interfaces.up(INTERFACE, true)?;
@@ -74,6 +82,14 @@ pub fn configure(address: &Address) -> io::Result<()> {
     interfaces.route_add(INTERFACE, address.gateway, Ipv4Addr::BROADCAST, None)?;
     let any = Ipv4Addr::UNSPECIFIED;
     interfaces.route_add(INTERFACE, any, any, Some(address.gateway))
+}
+
+/// Takes `eth0`'s address away, and the routes with it.
+///
+/// # Errors
+/// The kernel's answer.
+pub fn release() -> io::Result<()> {
+    Interfaces::new()?.address_remove(INTERFACE)
 }
 
 #[cfg(test)]

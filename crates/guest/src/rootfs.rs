@@ -18,7 +18,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use rustix::fs::{Mode, OFlags};
-use rustix::mount::{MountFlags, MountPropagationFlags, mount_change, mount_move};
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, mount_bind, mount_change, mount_move, mount_remount,
+};
 use rustix::thread::UnshareFlags;
 
 use crate::boot::{BootError, mount, step};
@@ -32,13 +34,24 @@ pub struct Root {
     pub files: FsRoot,
 }
 
-/// Assembles the root from a base image mounted at `base` and a writable file system mounted at
-/// `disk`, using `at` as a place to put it together.
+/// What a root is made of.
+pub struct Parts<'a> {
+    /// Where the base image is mounted.
+    pub base: &'a Path,
+    /// Where the writable file system is mounted.
+    pub disk: &'a Path,
+    /// A file to show as the kernel's boot id.
+    pub boot_id: &'a Path,
+    /// A place to put the root together.
+    pub at: &'a Path,
+}
+
+/// Assembles the root.
 ///
 /// # Errors
 /// Which step failed.
-pub fn assemble(base: &Path, disk: &Path, at: &Path) -> Result<Root, BootError> {
-    let (upper, work) = (disk.join("upper"), disk.join("work"));
+pub fn assemble(parts: &Parts<'_>) -> Result<Root, BootError> {
+    let (upper, work) = (parts.disk.join("upper"), parts.disk.join("work"));
     for directory in [&upper, &work] {
         fs::create_dir_all(directory).map_err(step("making the overlay's directories"))?;
     }
@@ -46,20 +59,20 @@ pub fn assemble(base: &Path, disk: &Path, at: &Path) -> Result<Root, BootError> 
         .map_err(step("setting the root directory's mode"))?;
     let options = format!(
         "lowerdir={},upperdir={},workdir={}",
-        base.display(),
+        parts.base.display(),
         upper.display(),
         work.display()
     );
     let options = CString::new(options)
         .map_err(|e| step("naming the overlay's directories")(io::Error::other(e)))?;
     // A thread of its own leaves the agent's namespace; the others stay.
-    let at = at.to_owned();
-    let made = std::thread::spawn(move || assemble_here(&options, &at)).join();
+    let (at, boot_id) = (parts.at.to_owned(), parts.boot_id.to_owned());
+    let made = std::thread::spawn(move || assemble_here(&options, &at, &boot_id)).join();
     made.unwrap_or_else(|_| Err(step("assembling the root")(io::Error::other("panicked"))))
 }
 
 /// Runs in a thread that goes away.
-fn assemble_here(options: &CString, at: &Path) -> Result<Root, BootError> {
+fn assemble_here(options: &CString, at: &Path, boot_id: &Path) -> Result<Root, BootError> {
     let os = |what: &'static str| move |e: rustix::io::Errno| step(what)(e.into());
     // SAFETY: unsharing FS and NEWNS changes what paths mean for this thread alone, and this
     // thread ends after it has made the namespace; no memory or descriptor table is split.
@@ -97,6 +110,10 @@ fn assemble_here(options: &CString, at: &Path) -> Result<Root, BootError> {
         mount(kind, kind, &at.join(name), flags, data)
             .map_err(step(format!("mounting the workspace's /{name}")))?;
     }
+    let shown = at.join("proc/sys/kernel/random/boot_id");
+    mount_bind(boot_id, &shown).map_err(os("showing the boot id"))?;
+    mount_remount(&shown, MountFlags::BIND | MountFlags::RDONLY | closed, c"")
+        .map_err(os("closing the boot id"))?;
     // What switch_root does; so the root is the namespace's own, and not a chroot, in which the
     // kernel would refuse user namespaces.
     rustix::process::chdir(at).map_err(os("entering the new root"))?;

@@ -1,5 +1,5 @@
-//! A stand-in for the workspace's disk at a rehearsal: an empty ext4 in memory, behind a loop
-//! device that clears itself when it is unmounted.
+//! A stand-in for the workspace's disk at a rehearsal: identity area and an empty ext4 in memory,
+//! behind a loop device that clears itself when it is unmounted.
 //!
 //! `standin.bin` holds the bytes of that file system that are not zero, as
 //! `u32 LE offset | u32 LE length | bytes` again and again. It was made by
@@ -9,39 +9,34 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
+use api::agent::VOLUME_OFFSET_BYTES;
 use rustix::fs::MemfdFlags;
-use rustix::mount::MountFlags;
 
-use crate::boot::mount;
+use crate::attach::Device;
 use crate::limits::UNMOUNT_WAIT;
 use crate::sys;
 
 const PACKED: &[u8] = include_bytes!("standin.bin");
 const SIZE_BYTES: u64 = 12 << 20;
 
-/// Mounts the stand-in at `at`; plain memory where the kernel has no loop devices.
+/// Makes the stand-in with `identity` as its identity area. The device lasts as long as the file
+/// that comes with it, or a mount of it.
 ///
 /// # Errors
 /// The kernel's answer.
-pub fn standin_mount(at: &Path) -> io::Result<()> {
-    let Ok(control) = File::open("/dev/loop-control") else {
-        return mount("tmpfs", "tmpfs", at, MountFlags::empty(), Some(c"size=16m"));
-    };
+pub fn standin(identity: &[u8]) -> io::Result<(Device, File)> {
     let memory = File::from(rustix::fs::memfd_create("standin", MemfdFlags::CLOEXEC)?);
-    unpack(&memory)?;
-    let device = format!("/dev/loop{}", sys::loop_free(&control)?);
-    let opened = File::options().read(true).write(true).open(&device)?;
+    memory.set_len(VOLUME_OFFSET_BYTES + SIZE_BYTES)?;
+    memory.write_all_at(identity, 0)?;
+    unpack(&memory, VOLUME_OFFSET_BYTES)?;
+    let control = File::open("/dev/loop-control")?;
+    let disk = format!("/dev/loop{}", sys::loop_free(&control)?);
+    let opened = File::options().read(true).write(true).open(&disk)?;
     sys::loop_configure(&opened, &memory)?;
-    mount(
-        &device,
-        "ext4",
-        at,
-        MountFlags::NOATIME | MountFlags::NODEV,
-        Some(c"discard"),
-    )
+    let partition = format!("{disk}p1");
+    Ok((Device { disk, partition }, opened))
 }
 
 /// Waits until no loop device is in use: the kernel lets go of a mount namespace in its own time.
@@ -62,8 +57,7 @@ pub fn standin_gone_wait() {
     }
 }
 
-fn unpack(file: &File) -> io::Result<()> {
-    file.set_len(SIZE_BYTES)?;
+fn unpack(file: &File, offset: u64) -> io::Result<()> {
     let mut rest = PACKED;
     while let Some((head, tail)) = rest.split_first_chunk::<8>() {
         let [a, b, c, d, e, f, g, h] = *head;
@@ -74,7 +68,7 @@ fn unpack(file: &File) -> io::Result<()> {
         let bytes = tail
             .get(..len as usize)
             .ok_or(io::ErrorKind::UnexpectedEof)?;
-        file.write_all_at(bytes, u64::from(at))?;
+        file.write_all_at(bytes, offset + u64::from(at))?;
         rest = &tail[len as usize..];
     }
     Ok(())
@@ -88,7 +82,8 @@ mod tests {
     #[test]
     fn it_is_a_sound_file_system() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        unpack(file.as_file()).unwrap();
+        file.as_file().set_len(SIZE_BYTES).unwrap();
+        unpack(file.as_file(), 0).unwrap();
         assert_eq!(file.as_file().metadata().unwrap().len(), SIZE_BYTES);
         let check = std::process::Command::new("e2fsck")
             .arg("-fn")

@@ -13,6 +13,7 @@ const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
 const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4c82;
 const LOOP_CONFIGURE: libc::c_ulong = 0x4c0a;
 const LO_FLAGS_AUTOCLEAR: u32 = 4;
+const LO_FLAGS_PARTSCAN: u32 = 8;
 const EXT4_IOC_RESIZE_FS: libc::c_ulong = 0x4008_6610;
 
 /// `struct blkpg_partition`.
@@ -131,7 +132,8 @@ pub(crate) fn loop_configure(device: &File, file: &File) -> io::Result<()> {
         fd: file.as_raw_fd().cast_unsigned(),
         block_size: 4096,
         before_flags: [0; 13],
-        flags: LO_FLAGS_AUTOCLEAR,
+        // Without the second it can have no partitions.
+        flags: LO_FLAGS_AUTOCLEAR | LO_FLAGS_PARTSCAN,
         after_flags: [0; 60],
     };
     // SAFETY: the structure has the size and fields of linux/loop.h's `struct loop_config` (the
@@ -177,6 +179,12 @@ impl Interfaces {
         self.ioctl(libc::SIOCSIFADDR, &mut request)?;
         request.ifr_ifru.ifru_netmask = sockaddr(mask);
         self.ioctl(libc::SIOCSIFNETMASK, &mut request)
+    }
+
+    pub(crate) fn address_remove(&self, name: &str) -> io::Result<()> {
+        let mut request = ifreq(name)?;
+        request.ifr_ifru.ifru_addr = sockaddr(Ipv4Addr::UNSPECIFIED);
+        self.ioctl(libc::SIOCSIFADDR, &mut request)
     }
 
     /// A route to `to`/`mask` by `name`, through `gateway` if there is one.

@@ -96,36 +96,34 @@ impl Vmm for Qemu {
     }
 
     fn disk_attach(&mut self, disk: BorrowedFd<'_>, size_bytes: u64) -> Result<(), Error> {
-        self.qmp.add_fd(argv::DISK_FDSET, disk)?;
-        self.qmp.command(
-            "blockdev-add",
-            json!({
-                "driver": "file",
-                "node-name": "disk-file",
-                "filename": format!("/dev/fdset/{}", argv::DISK_FDSET),
-                "aio": "threads",
-                // One descriptor exists, and it is ours.
-                "locking": "off",
-                "discard": "unmap",
-                "cache": {"direct": true},
-            }),
-        )?;
-        self.qmp.command(
-            "blockdev-reopen",
-            json!({"options": [{
-                "driver": "raw",
-                "node-name": argv::DISK_NODE,
-                "file": "disk-file",
-                "discard": "unmap",
-                "cache": {"direct": true},
-            }]}),
-        )?;
-        // Tells the guest; the file has this size already.
-        self.qmp.command(
-            "block_resize",
-            json!({"node-name": argv::DISK_NODE, "size": size_bytes}),
-        )?;
-        Ok(())
+        let file = json!({
+            "driver": "file",
+            "node-name": "disk-file",
+            "filename": format!("/dev/fdset/{}", argv::DISK_FDSET),
+            "aio": "threads",
+            // One descriptor exists, and it is ours.
+            "locking": "off",
+            "discard": "unmap",
+            "cache": {"direct": true},
+        });
+        let raw = json!({
+            "driver": "raw",
+            "node-name": argv::DISK_NODE,
+            "file": "disk-file",
+            "discard": "unmap",
+            "cache": {"direct": true},
+        });
+        let commands = [
+            ("add-fd", json!({"fdset-id": argv::DISK_FDSET})),
+            ("blockdev-add", file),
+            ("blockdev-reopen", json!({"options": [raw]})),
+            // Tells the guest; the file has this size already.
+            (
+                "block_resize",
+                json!({"node-name": argv::DISK_NODE, "size": size_bytes}),
+            ),
+        ];
+        self.qmp.commands(&commands, disk)
     }
 
     fn quit(&mut self) -> Result<(), Error> {

@@ -34,7 +34,7 @@ use crate::limits::{
 };
 use crate::qemu::How;
 use crate::{Event, Vmm, log};
-use api::agent::{FromGuest, ToGuest, Up};
+use api::agent::{FromGuest, STEPS_MAX, ToGuest, Up};
 use api::vmctl::{Op, Status, VmState};
 use api::{Error, ErrorCode};
 use serde_json::{Value, json};
@@ -51,6 +51,8 @@ pub struct Vm<V, T> {
     rehearses: bool,
     waiting: Option<Waiting<T>>,
     disk: Option<Disk>,
+    /// How long the VMM took to take the disk and to continue, µs.
+    disk_us: u128,
     answers: Vec<(T, Result<Value, Error>)>,
 }
 
@@ -100,6 +102,7 @@ impl<V: Vmm, T> Vm<V, T> {
             rehearses: true,
             waiting: None,
             disk: None,
+            disk_us: 0,
             answers: Vec::new(),
         }
     }
@@ -332,6 +335,7 @@ impl<V: Vmm, T> Vm<V, T> {
         };
         self.wait(reply, now, Duration::from_millis(wait_ms));
         self.state = State::Attaching;
+        let begun = Instant::now();
         if let Err(e) = self
             .vmm
             .disk_attach(disk.fd.as_fd(), disk.size_bytes)
@@ -339,6 +343,7 @@ impl<V: Vmm, T> Vm<V, T> {
         {
             return self.fail(vmm_error(&e));
         }
+        self.disk_us = begun.elapsed().as_micros();
         if let Err(e) = self.agent.send(&ToGuest::Attach(attach)) {
             self.fail(agent_error(&e));
         }
@@ -427,12 +432,7 @@ impl<V: Vmm, T> Vm<V, T> {
                 self.halt();
             }
             (State::Rehearsing, Ok(FromGuest::Rehearsed)) => self.halt(),
-            (State::Attaching, Ok(FromGuest::Up(up))) => {
-                self.state = State::Running;
-                self.answer(Ok(json!(Up {
-                    kernel: log::clean(&up.kernel),
-                })));
-            }
+            (State::Attaching, Ok(FromGuest::Up(up))) => self.up(&up),
             (State::Stopping, Ok(FromGuest::Down)) => self.end(Reason::Shutdown),
             (
                 State::Booting | State::Rehearsing | State::Attaching,
@@ -463,6 +463,22 @@ impl<V: Vmm, T> Vm<V, T> {
             }
             _ => {}
         }
+    }
+
+    fn up(&mut self, up: &Up) {
+        self.state = State::Running;
+        let steps = || up.steps.iter().take(STEPS_MAX);
+        let told: Vec<String> = steps().map(|s| format!("{} {}", s.name, s.us)).collect();
+        let told = format!(
+            "{} µs to the VMM, in the guest: {}",
+            self.disk_us,
+            told.join(", ")
+        );
+        log::line("info", self.slot, "the workspace is up", Some(&told));
+        self.answer(Ok(json!(Up {
+            kernel: log::clean(&up.kernel),
+            steps: Vec::new(),
+        })));
     }
 
     fn on_end(&mut self, event: Event) {

@@ -110,7 +110,7 @@ impl Vmm {
 }
 
 /// Memory that TCG may use for translated code: the VMM's own bound, MiB.
-const TRANSLATOR_MB: u64 = 1024;
+const TRANSLATOR_MB: u64 = vmm::qemu::argv::TRANSLATOR_MIB;
 
 /// The descriptors of both programs, in the order of their numbers from 3 on.
 pub struct Ends {

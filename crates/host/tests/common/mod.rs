@@ -275,6 +275,7 @@ impl Doubles {
                 x.vm = VmState::Running;
                 return ok(&api::agent::Up {
                     kernel: "6.12".into(),
+                    steps: Vec::new(),
                 });
             }
             vmctl::Op::Pause => {

@@ -68,16 +68,31 @@ impl Qmp {
         command: &'static str,
         arguments: Value,
     ) -> Result<Value, Error> {
-        self.exchange(command, arguments, None)
+        let id = self.ask(&[(command, arguments)], None)?;
+        self.answer(command, id)
     }
 
-    /// Hands a descriptor to the VMM as fdset `set`.
+    /// Sends all `commands` at once, `fd` with the first, and waits for all answers: the VMM does
+    /// them in order, a later one also after an earlier one failed.
     ///
     /// # Errors
-    /// See [`Error`].
-    pub(crate) fn add_fd(&mut self, set: i32, fd: BorrowedFd<'_>) -> Result<(), Error> {
-        self.exchange("add-fd", json!({"fdset-id": set}), Some(fd))
-            .map(drop)
+    /// The first refusal; see [`Error`].
+    pub(crate) fn commands(
+        &mut self,
+        commands: &[(&'static str, Value)],
+        fd: BorrowedFd<'_>,
+    ) -> Result<(), Error> {
+        let first = self.ask(commands, Some(fd))?;
+        let mut done = Ok(());
+        for (id, (command, _)) in (first..).zip(commands) {
+            match self.answer(command, id) {
+                Ok(_) => {}
+                // The other answers come all the same.
+                Err(e @ Error::Refused { .. }) => done = done.and(Err(e)),
+                Err(e) => return Err(e),
+            }
+        }
+        done
     }
 
     /// Ends the VMM and waits until its socket closes.
@@ -121,24 +136,33 @@ impl Qmp {
         self.socket.as_fd()
     }
 
-    fn exchange(
+    /// Sends `commands`; gives the first one's id, from which they count up.
+    fn ask(
         &mut self,
-        command: &'static str,
-        arguments: Value,
+        commands: &[(&'static str, Value)],
         fd: Option<BorrowedFd<'_>>,
-    ) -> Result<Value, Error> {
+    ) -> Result<u64, Error> {
+        let command = commands.first().map_or("", |(name, _)| name);
         if self.gone {
             return Err(Error::Gone { command });
         }
-        let id = self.next_id;
-        self.next_id += 1;
-        let mut request = json!({"execute": command, "id": id});
-        if !arguments.is_null() {
-            request["arguments"] = arguments;
+        let first = self.next_id;
+        let mut text = String::new();
+        for (name, arguments) in commands {
+            let mut request = json!({"execute": name, "id": self.next_id});
+            if !arguments.is_null() {
+                request["arguments"] = arguments.clone();
+            }
+            text.push_str(&request.to_string());
+            text.push('\n');
+            self.next_id += 1;
         }
-        let mut text = request.to_string();
-        text.push('\n');
         self.send(command, text.as_bytes(), fd)?;
+        Ok(first)
+    }
+
+    /// Waits for the answer to the request `id`.
+    fn answer(&mut self, command: &'static str, id: u64) -> Result<Value, Error> {
         let deadline = Instant::now() + QMP_COMMAND_MAX;
         loop {
             let line = self.line(command, deadline, QMP_COMMAND_MAX)?;
@@ -147,17 +171,17 @@ impl Qmp {
                 self.note_event(&answer);
                 continue;
             }
+            if answer.get("id").and_then(Value::as_u64) != Some(id) {
+                return Err(Error::Malformed {
+                    command,
+                    why: "an answer to another request".into(),
+                });
+            }
             if let Some(e) = answer.get("error") {
                 let why = e.get("desc").and_then(Value::as_str).unwrap_or("no reason");
                 return Err(Error::Refused {
                     command,
                     why: crate::log::clean(why),
-                });
-            }
-            if answer.get("id").and_then(Value::as_u64) != Some(id) {
-                return Err(Error::Malformed {
-                    command,
-                    why: "an answer to another request".into(),
                 });
             }
             return match answer {
@@ -372,6 +396,27 @@ mod tests {
             "{e}"
         );
         t.join().unwrap();
+    }
+
+    #[test]
+    fn commands_go_out_at_once_and_the_first_refusal_counts() {
+        let refusal = |id, why| {
+            format!("{{\"error\": {{\"desc\": \"{why}\"}}, \"id\": {id}}}\n").into_bytes()
+        };
+        let good = b"{\"return\": {}, \"id\": 4}\n{\"return\": {}, \"id\": 5}\n".to_vec();
+        // All answers wait until the last command came: one by one this would not end.
+        let answers = [refusal(2, "a"), refusal(3, "b"), good].concat();
+        let (s, t) = double(vec![vec![], vec![], answers]);
+        let mut q = Qmp::new(s).unwrap();
+        let null = std::fs::File::open("/dev/null").unwrap();
+        let commands = ["add-fd", "x", "y"].map(|name| (name, Value::Null));
+        let e = q.commands(&commands, null.as_fd()).unwrap_err();
+        assert!(
+            matches!(e, Error::Refused { command: "add-fd", ref why } if why == "a"),
+            "{e}"
+        );
+        t.join().unwrap();
+        assert_eq!(q.answer("later", 5).unwrap(), json!({}));
     }
 
     #[test]
