@@ -78,6 +78,8 @@ codes! {
     Timeout = "timeout", 504;
     /// A lease, attestation or assertion was refused by the KMS.
     KeyRefused = "key_refused", 403;
+    /// A disk that was changed, cut off or rolled back while it was at rest.
+    DiskTampered = "disk_tampered", 409;
     /// A disk that is not what it should be.
     DiskCorrupt = "disk_corrupt", 409;
 }

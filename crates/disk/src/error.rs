@@ -58,6 +58,15 @@ pub enum DiskError {
         /// How they don't.
         why: &'static str,
     },
+    /// It is not the state that this disk had: changed, exchanged, cut off or rolled back.
+    #[error(
+        "volume: {what}; nothing was changed. If an operator restored the file, the newest copy of \
+         disk and sidecar is needed; else look for who can write to this machine's disk"
+    )]
+    Tampered {
+        /// How it shows.
+        what: &'static str,
+    },
     /// Formatting was asked for, but there is something.
     #[error("volume: asked to format a file that holds {what}: nothing was changed")]
     Occupied {
@@ -105,6 +114,7 @@ impl DiskError {
     pub fn code(&self) -> ErrorCode {
         match self {
             Self::Io { source, .. } if is_full(source) => ErrorCode::StorageFull,
+            Self::Tampered { .. } => ErrorCode::DiskTampered,
             Self::NoHeader
             | Self::Version { .. }
             | Self::Header { .. }

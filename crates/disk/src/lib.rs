@@ -11,6 +11,7 @@
 //! | [`luks2`] | the header: keyslot, checksums, JSON |
 //! | [`luks1`] | a copy for tools that read only LUKS1; nothing shipped calls it |
 //! | [`volume`] | sectors, holes, partial writes, sync |
+//! | [`sidecar`] | integrity: a tag per sector, generations, the journal |
 //! | [`format`] | a new volume, safe against crashes |
 //! | [`identity`], [`grant`] | what the guest becomes; what the KMS released |
 //! | [`fuse`], [`bucket`] | serving the file; rate limits (DSK-5) |
@@ -36,6 +37,7 @@ pub mod object;
 pub mod process;
 mod ranges;
 pub mod sandbox;
+pub mod sidecar;
 pub mod volume;
 
 pub use error::DiskError;

@@ -19,6 +19,31 @@ pub const SALT_MAX_BYTES: usize = 64;
 
 /// Largest FUSE read or write, bytes.
 pub const REQUEST_MAX_BYTES: usize = 1 << 20;
+/// What a start reads before the first sector, bytes: both headers and keyslot 0. A tag covers it.
+pub const HEADER_COVERED_BYTES: usize = 284 << 10;
+/// A node of the tree of tags, bytes.
+pub const NODE_BYTES: usize = 4096;
+/// Tags in a node.
+pub const NODE_FANOUT: usize = 256;
+/// Tags in the superblock: each covers 64 GiB.
+pub const TOP_NODES: usize = 16;
+/// Leaves of the tree kept in memory; each covers 1 MiB.
+pub const LEAVES_CACHED_MAX: usize = 512;
+/// Sectors that are answered and wait for their batch.
+pub const BUFFER_SECTORS: usize = 2048;
+/// Memory that a flushed buffer keeps, bytes.
+pub const BUFFER_KEPT_BYTES: usize = 256 << 10;
+/// The journal of the sidecar, bytes.
+pub const JOURNAL_BYTES: u64 = 4 << 20;
+/// Tags in one batch of the journal.
+pub const BATCH_ENTRIES_MAX: usize = BUFFER_SECTORS;
+/// Sectors whose ciphertext a batch may carry.
+pub const CARRIED_SECTORS_MAX: usize = 16;
+/// Tags that are in the journal and not yet in the tree.
+pub const CHANGES_MAX: usize = 32 << 10;
+/// Smallest range that becomes a hole at once, sectors: smaller ones are written as zeros, which
+/// costs no sync.
+pub const HOLE_MIN_SECTORS: u64 = 256;
 /// Threads that serve requests.
 pub const WORKERS: usize = 2;
 /// Ranges that can be locked at once; more callers wait.
@@ -40,6 +65,11 @@ pub const GRANT_MAX_BYTES: usize = 16 << 10;
 /// Largest identity block, magic and length included, bytes.
 pub const IDENTITY_MAX_BYTES: usize = 64 << 10;
 
+const _: () = assert!(
+    VOLUME_MAX_MB as usize <= TOP_NODES * NODE_FANOUT * NODE_FANOUT,
+    "the superblock's tags cover the largest volume: a leaf has 1 MiB"
+);
+const _: () = assert!(HEADER_COVERED_BYTES as u64 <= DATA_OFFSET_BYTES);
 const _: () = assert!(DATA_OFFSET_BYTES.is_multiple_of(SECTOR_BYTES as u64));
 const _: () = assert!(REQUEST_MAX_BYTES.is_multiple_of(SECTOR_BYTES));
 const _: () = assert!(VOLUME_OFFSET_BYTES.is_multiple_of(SECTOR_BYTES as u64));

@@ -10,12 +10,13 @@
 //! | [`sign`] | Ed25519 and compact signed documents | RFC 8032 |
 //! | [`jwt`] | gateway tokens | RFC 7519, RFC 8725 |
 //! | [`xts`] | sectors at rest | IEEE 1619, NIST SP 800-38E |
+//! | [`tag`] | keyed tags of what rests elsewhere | RFC 8452 |
 //! | [`secret`] | memory that nobody else can read | `memfd_secret(2)` |
 //! | `tls` (feature `tls`) | TLS 1.3 pinned to an Ed25519 identity | RFC 8446 |
 //!
 //! Must never: log, print a secret in an error or a `Debug`, let a caller choose an algorithm or
 //! a nonce, or accept two encodings of one signed thing.
-#![allow(unsafe_code)] // AWS-LC's XTS and HPKE have no safe binding; memfd_secret needs raw memory.
+#![allow(unsafe_code)] // AWS-LC's XTS, tags and HPKE have no safe binding; memfd_secret needs raw memory.
 
 pub mod aead;
 mod error;
@@ -29,6 +30,7 @@ pub mod limits;
 pub mod random;
 pub mod secret;
 pub mod sign;
+pub mod tag;
 #[cfg(feature = "tls")]
 pub mod tls;
 pub mod xts;
