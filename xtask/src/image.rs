@@ -1,7 +1,7 @@
 //! `cargo xtask image`: what a VM is made of, from Debian packages and our own agent.
 //!
 //! ```text
-//! DIR/kernel/vmlinux          Debian's cloud kernel, as an ELF with a PVH entry
+//! DIR/kernel/vmlinux          Debian's cloud kernel (or the small one), an ELF with a PVH entry
 //! DIR/kernel/initramfs.cpio   the agent as /init, the modules it loads, nothing else
 //! DIR/images/<sha256>.erofs   base images; the name is the image's id
 //! DIR/closure/                QEMU, its libraries and firmware: the root of a VMM's jail
@@ -17,8 +17,8 @@
 mod base;
 mod closure;
 mod cpio;
-mod kernel;
-mod steps;
+pub(crate) mod kernel;
+pub(crate) mod steps;
 
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
@@ -34,9 +34,25 @@ pub(crate) struct Args {
     /// Make the base images and look for a newer kernel again, for security updates.
     #[arg(long)]
     refresh: bool,
+    /// A base image to make; python-3 unless given. Images that were made before stay.
+    #[arg(long = "image", value_name = "NAME")]
+    images: Vec<String>,
+    /// Make all base images.
+    #[arg(long, conflicts_with = "images")]
+    all: bool,
+    /// The guest's kernel: Debian's, or the small one, which is compiled.
+    #[arg(long, value_enum, default_value_t = Which::Debian)]
+    kernel: Which,
     /// A static agent that is built already, instead of building one.
     #[arg(long)]
     agent: Option<PathBuf>,
+}
+
+/// Which kernel.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Which {
+    Debian,
+    Small,
 }
 
 /// What `manifest.json` says. Readers ignore fields that they do not know.
@@ -79,7 +95,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         std::fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
     }
 
-    let kernel = kernel::fetch(&cache)?;
+    let kernel = match args.kernel {
+        Which::Debian => kernel::fetch(&cache)?,
+        Which::Small => crate::kernel::build(&cache)?,
+    };
     install(&kernel.vmlinux, &out.join("kernel/vmlinux"))?;
 
     let agent = match &args.agent {
@@ -90,7 +109,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     install(&initramfs, &out.join("kernel/initramfs.cpio"))?;
 
     let mut images = Vec::new();
-    for spec in base::IMAGES {
+    for spec in base::chosen(&args.images, args.all)? {
         let erofs = base::build(&cache, spec)?;
         let id = file_sha256(&erofs)?;
         install(&erofs, &out.join(format!("images/{id}.erofs")))?;
@@ -115,9 +134,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         images,
         closure,
     };
-    let mut text = serde_json::to_vec_pretty(&manifest)?;
-    text.push(b'\n');
-    write_if_changed(&out.join("manifest.json"), &text)?;
+    // Images that were imported, or made before, stay in it.
+    let serde_json::Value::Object(manifest) = serde_json::to_value(&manifest)? else {
+        bail!("the manifest is no object");
+    };
+    ::image::store::Store::new(out).merge(manifest)?;
     cache.done(&out.display().to_string());
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 mod bench;
 mod image;
+mod kernel;
 mod tidy;
 
 use clap::{Parser, Subcommand};
@@ -17,6 +18,8 @@ struct Cli {
 enum Task {
     /// Make what a VM is made of: kernel, agent, base image, the VMM's closure. Run as root.
     Image(image::Args),
+    /// Compile the small guest kernel from Debian's linux-source.
+    Kernel(kernel::Args),
     /// Measure the release executables against baselines. Run as root.
     Bench(bench::Args),
     #[command(hide = true)]
@@ -28,6 +31,7 @@ enum Task {
 fn main() -> anyhow::Result<()> {
     match Cli::parse().task {
         Task::Image(args) => image::run(&args),
+        Task::Kernel(args) => kernel::run(&args),
         Task::Bench(args) => bench::run(&args),
         Task::BenchDirect(direct) => direct.run(),
         Task::Tidy => tidy::run(&image::workspace()?),

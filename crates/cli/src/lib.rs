@@ -10,6 +10,7 @@ pub mod demo;
 pub mod dial;
 pub mod doctor;
 pub mod erasure;
+pub mod image;
 pub mod operate;
 pub mod probe;
 pub mod progress;

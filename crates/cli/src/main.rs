@@ -49,6 +49,9 @@ enum Command {
     /// Workspaces.
     #[command(subcommand)]
     Ws(ws::Command),
+    /// Images that workspaces are made of.
+    #[command(subcommand)]
+    Image(cli::image::Command),
     /// Make an account (root).
     Account {
         /// A name for people.
@@ -199,6 +202,7 @@ fn run(args: Args) -> anyhow::Result<u8> {
             let client = Client::from_env(&args.target)?;
             return runtime()?.block_on(ws::run(&client, command, args.json));
         }
+        Command::Image(command) => return cli::image::run(&paths, command, args.json),
         Command::Account { name } => {
             let account = operate::account_create(&paths, &name)?;
             println!(

@@ -8,6 +8,7 @@
 //! | [`aead`] | AES-256-GCM under a random nonce | NIST SP 800-38D |
 //! | [`hpke`] | sealing to a public key | RFC 9180 base mode |
 //! | [`sign`] | Ed25519 and compact signed documents | RFC 8032 |
+//! | [`verify`] | signatures by keys that others made, from PEM | RFC 8032, FIPS 186-5 |
 //! | [`jwt`] | gateway tokens | RFC 7519, RFC 8725 |
 //! | [`xts`] | sectors at rest | IEEE 1619, NIST SP 800-38E |
 //! | [`tag`] | keyed tags of what rests elsewhere | RFC 8452 |
@@ -33,6 +34,7 @@ pub mod sign;
 pub mod tag;
 #[cfg(feature = "tls")]
 pub mod tls;
+pub mod verify;
 pub mod xts;
 
 pub use error::SealError;

@@ -87,23 +87,33 @@ pub fn users() -> anyhow::Result<Accounts> {
     let (log_gid, _) = id_of("group", LOG_GROUP)?.context("group casemate-log was not made")?;
     let mut ids = BTreeMap::new();
     for process in processes::ALL.iter().filter(|p| !p.root) {
-        let user = process.user();
-        if id_of("passwd", &user)?.is_none() {
-            run(Command::new("useradd").args([
-                "--system",
-                "--user-group",
-                "--no-create-home",
-                "--home-dir",
-                "/nonexistent",
-                "--shell",
-                "/usr/sbin/nologin",
-                &user,
-            ]))?;
-        }
-        let id = id_of("passwd", &user)?.with_context(|| format!("user {user} was not made"))?;
+        let id = user_ensure(&process.user())?;
         ids.insert(process.name.to_owned(), id);
     }
     Ok(Accounts { ids, log_gid })
+}
+
+/// Finds or makes a system user that can't log in and owns nothing; its uid and gid.
+///
+/// # Errors
+/// Without root, or when it can't be made.
+pub fn user_ensure(user: &str) -> anyhow::Result<(u32, u32)> {
+    if !rustix::process::geteuid().is_root() {
+        bail!("this needs root: it works as the system user {user}; run it with sudo");
+    }
+    if id_of("passwd", user)?.is_none() {
+        run(Command::new("useradd").args([
+            "--system",
+            "--user-group",
+            "--no-create-home",
+            "--home-dir",
+            "/nonexistent",
+            "--shell",
+            "/usr/sbin/nologin",
+            user,
+        ]))?;
+    }
+    id_of("passwd", user)?.with_context(|| format!("user {user} was not made"))
 }
 
 /// (uid, gid) of a user, or (gid, gid) of a group, from the system's database.
