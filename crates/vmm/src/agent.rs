@@ -1,4 +1,7 @@
-//! vmctl's end of the channel to the guest's agent: lines of JSON over virtio-serial.
+//! vmctl's end of the channel to the guest's agent: lines of JSON over virtio-serial or vsock.
+//!
+//! Over vsock the guest connects: its first connection is the channel, and then nobody listens any
+//! more. The agent makes it before anything of a workspace runs.
 //!
 //! The guest is hostile: it may flood, say nothing, or say anything. Reading is bounded by a
 //! budget that each request of ours renews; what does not parse is a typed error.
@@ -10,15 +13,22 @@ use rustix::net::{RecvFlags, recv};
 use std::collections::VecDeque;
 use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 
 /// The channel.
 pub struct Channel {
-    socket: UnixStream,
+    end: End,
     buf: Vec<u8>,
     messages: VecDeque<Result<FromGuest, Error>>,
     budget_bytes: usize,
     open: bool,
+}
+
+/// This side's end.
+enum End {
+    Connected(UnixStream),
+    /// The guest did not connect yet; what it is to be told waits here.
+    Listening(UnixListener, Vec<u8>),
 }
 
 /// What is wrong with the channel.
@@ -45,13 +55,26 @@ impl Channel {
     /// The socket's.
     pub fn new(socket: UnixStream) -> std::io::Result<Self> {
         socket.set_write_timeout(Some(AGENT_WRITE_MAX))?;
-        Ok(Self {
-            socket,
+        Ok(Self::over(End::Connected(socket)))
+    }
+
+    /// A channel that is the first connection to `listener`.
+    ///
+    /// # Errors
+    /// The listener's.
+    pub fn listen(listener: UnixListener) -> std::io::Result<Self> {
+        listener.set_nonblocking(true)?;
+        Ok(Self::over(End::Listening(listener, Vec::new())))
+    }
+
+    fn over(end: End) -> Self {
+        Self {
+            end,
             buf: Vec::new(),
             messages: VecDeque::new(),
             budget_bytes: AGENT_BUDGET_BYTES,
             open: true,
-        })
+        }
     }
 
     /// Sends `message` and renews what the guest may say.
@@ -65,18 +88,31 @@ impl Channel {
             return Err(Error::TooLarge);
         }
         self.budget_bytes = AGENT_BUDGET_BYTES;
-        self.socket
-            .write_all(&text)
-            .map_err(|e| Error::Write(e.to_string()))
+        match &mut self.end {
+            End::Connected(socket) => socket
+                .write_all(&text)
+                .map_err(|e| Error::Write(e.to_string())),
+            End::Listening(_, waiting) => {
+                if waiting.len() + text.len() > 2 * CHANNEL_MESSAGE_MAX_BYTES {
+                    return Err(Error::Write("it never connected".into()));
+                }
+                waiting.extend_from_slice(&text);
+                Ok(())
+            }
+        }
     }
 
-    /// Reads what is there, once, without blocking.
+    /// Reads what is there, once, without blocking; takes the guest's connection first.
     pub fn fill(&mut self) {
         if !self.listens() {
             return;
         }
+        self.connect();
+        let End::Connected(socket) = &self.end else {
+            return;
+        };
         let mut chunk = [0u8; 16 << 10];
-        match recv(&self.socket, &mut chunk, RecvFlags::DONTWAIT) {
+        match recv(socket, &mut chunk, RecvFlags::DONTWAIT) {
             Ok((0, _)) => self.open = false,
             Ok((n, _)) => {
                 self.budget_bytes = self.budget_bytes.saturating_sub(n);
@@ -101,7 +137,26 @@ impl Channel {
     /// The socket, to wait on.
     #[must_use]
     pub fn fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
+        match &self.end {
+            End::Connected(socket) => socket.as_fd(),
+            End::Listening(listener, _) => listener.as_fd(),
+        }
+    }
+
+    /// Takes the guest's connection, if there is one, and tells it what waited.
+    fn connect(&mut self) {
+        let End::Listening(listener, waiting) = &mut self.end else {
+            return;
+        };
+        let Ok((mut socket, _)) = listener.accept() else {
+            return;
+        };
+        let told = socket
+            .set_nonblocking(false)
+            .and_then(|()| socket.set_write_timeout(Some(AGENT_WRITE_MAX)))
+            .and_then(|()| socket.write_all(waiting));
+        self.open = told.is_ok();
+        self.end = End::Connected(socket);
     }
 
     fn take_in(&mut self, mut bytes: &[u8]) {
@@ -190,6 +245,41 @@ mod tests {
             gateway: String::new(),
         });
         assert_eq!(c.send(&attach), Err(Error::TooLarge));
+    }
+
+    #[test]
+    fn the_first_connection_is_the_channel_and_the_last() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("agent");
+        let mut c = Channel::listen(UnixListener::bind(&path).unwrap()).unwrap();
+        c.fill();
+        assert!(c.listens());
+        c.send(&ToGuest::Rehearse).unwrap();
+        let mut guest = UnixStream::connect(&path).unwrap();
+        guest.write_all(b"{\"type\":\"rehearsed\"}\n").unwrap();
+        c.fill();
+        assert_eq!(all(&mut c), [Ok(FromGuest::Rehearsed)]);
+        c.send(&ToGuest::Shutdown).unwrap();
+        let mut told = std::io::BufRead::lines(std::io::BufReader::new(guest));
+        for message in [ToGuest::Rehearse, ToGuest::Shutdown] {
+            let line = told.next().unwrap().unwrap();
+            assert_eq!(serde_json::from_str::<ToGuest>(&line).unwrap(), message);
+        }
+        assert!(
+            UnixStream::connect(&path).is_err(),
+            "somebody still listens"
+        );
+    }
+
+    #[test]
+    fn what_waits_for_a_guest_is_bounded() {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(dir.path().join("agent")).unwrap();
+        let mut c = Channel::listen(listener).unwrap();
+        let sent = (0..CHANNEL_MESSAGE_MAX_BYTES)
+            .take_while(|_| c.send(&ToGuest::Shutdown).is_ok())
+            .count();
+        assert!(sent > 1 && sent < CHANNEL_MESSAGE_MAX_BYTES, "{sent}");
     }
 
     proptest! {

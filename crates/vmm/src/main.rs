@@ -1,7 +1,8 @@
 //! casemate-vmctl: one VM's control, behind a closed enum.
 //!
-//! Started by warden, one per VM, as a uid of its own. Inherits: 3 the VMM's QMP socket, 4 the
-//! guest's channel, 5 the listener for host, 6 the listener for warden.
+//! Started by warden, one per VM, as a uid of its own. Inherits: 3 the VMM's control socket,
+//! connected; 4 the guest's channel (QEMU: connected; Firecracker: the listener that the guest's
+//! vsock connection comes out of); 5 the listener for host; 6 the listener for warden.
 
 #![forbid(unsafe_code)]
 
@@ -9,7 +10,10 @@ use anyhow::{Context, Result, bail};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 use std::os::fd::OwnedFd;
 use std::process::ExitCode;
+use vmm::Vmm;
 use vmm::agent::Channel;
+use vmm::driver::Driver;
+use vmm::firecracker::{self, Firecracker};
 use vmm::qemu::{How, Qemu};
 use vmm::server::Server;
 use vmm::vmctl::Vm;
@@ -18,6 +22,10 @@ struct Args {
     slot: u16,
     how: How,
     host_uid: u32,
+    driver: Driver,
+    /// Firecracker's alone: QEMU has them from its command line.
+    memory_mib: u32,
+    cpus: u32,
 }
 
 fn main() -> ExitCode {
@@ -32,13 +40,35 @@ fn main() -> ExitCode {
 
 fn run() -> Result<()> {
     let args = args(std::env::args().skip(1))?;
-    let qmp = inherited(3, "the VMM's control socket")?;
+    let control = inherited(3, "the VMM's control socket")?;
     let agent = inherited(4, "the guest's channel")?;
     let host = inherited(5, "host's listener")?;
     let warden = inherited(6, "warden's listener")?;
     vmm::sandbox::enter().context("enter the sandbox")?;
-    let vmm = Qemu::new(qmp.into()).context("greet the VMM")?;
-    let agent = Channel::new(agent.into()).context("open the guest's channel")?;
+    let channel = "open the guest's channel";
+    match args.driver {
+        Driver::Qemu => {
+            let vmm = Qemu::new(control.into()).context("greet the VMM")?;
+            let agent = Channel::new(agent.into()).context(channel)?;
+            serve(&args, vmm, agent, host, warden)
+        }
+        Driver::Firecracker => {
+            let spec = firecracker::Spec {
+                how: args.how,
+                memory_mib: args.memory_mib,
+                cpus: args.cpus,
+                tap: true,
+                limits: firecracker::Limits::default(),
+                paths: firecracker::Paths::jail(),
+            };
+            let vmm = Firecracker::new(control.into(), spec).context("greet the VMM")?;
+            let agent = Channel::listen(agent.into()).context(channel)?;
+            serve(&args, vmm, agent, host, warden)
+        }
+    }
+}
+
+fn serve(args: &Args, vmm: impl Vmm, agent: Channel, host: OwnedFd, warden: OwnedFd) -> Result<()> {
     let vm = Vm::new(args.slot, args.how, vmm, agent);
     vmm::log::line("info", args.slot, "ready", None);
     Server::new(args.slot, vm, host.into(), warden.into(), args.host_uid)
@@ -56,6 +86,7 @@ fn inherited(number: i32, what: &str) -> Result<OwnedFd> {
 
 fn args(mut words: impl Iterator<Item = String>) -> Result<Args> {
     let (mut slot, mut how, mut host_uid) = (None, None, None);
+    let (mut driver, mut memory_mib, mut cpus) = (Driver::Qemu, None, None);
     while let Some(name) = words.next() {
         let value = words
             .next()
@@ -76,10 +107,28 @@ fn args(mut words: impl Iterator<Item = String>) -> Result<Args> {
                 });
             }
             "--host-uid" => host_uid = Some(number()?),
-            _ => bail!("unknown argument {name}; known: --slot, --how, --host-uid"),
+            "--driver" => {
+                driver = match value.as_str() {
+                    "qemu" => Driver::Qemu,
+                    "firecracker" => Driver::Firecracker,
+                    _ => bail!("--driver must be qemu or firecracker"),
+                };
+            }
+            "--memory-mib" => memory_mib = Some(number()?),
+            "--cpus" => cpus = Some(number()?),
+            _ => bail!(
+                "unknown argument {name}; known: --slot, --how, --host-uid, --driver, \
+                 --memory-mib, --cpus"
+            ),
         }
     }
+    if driver == Driver::Firecracker && (memory_mib.is_none() || cpus.is_none()) {
+        bail!("--driver firecracker needs --memory-mib and --cpus");
+    }
     Ok(Args {
+        driver,
+        memory_mib: memory_mib.unwrap_or_default(),
+        cpus: cpus.unwrap_or_default(),
         slot: slot.context("--slot is missing")?,
         how: how.context("--how is missing")?,
         host_uid: host_uid.context("--host-uid is missing")?,
@@ -99,6 +148,12 @@ mod tests {
     fn arguments() {
         let a = parse("--slot 3 --how cold --host-uid 42").unwrap();
         assert_eq!((a.slot, a.how, a.host_uid), (3, How::Cold, 42));
+        assert_eq!(a.driver, Driver::Qemu);
+        let firecracker = "--slot 3 --how cold --host-uid 42 --driver firecracker";
+        let a = parse(&format!("{firecracker} --memory-mib 256 --cpus 2")).unwrap();
+        assert_eq!(a.driver, Driver::Firecracker);
+        assert_eq!((a.memory_mib, a.cpus), (256, 2));
+        assert!(parse(&format!("{firecracker} --cpus 2")).is_err());
         for bad in [
             "",
             "--slot",
@@ -107,6 +162,7 @@ mod tests {
             "--slot 1 --how cold",
             "--slot 1 --how cold --host-uid -1",
             "--slot 1 --how cold --host-uid 1 --monitor x",
+            "--slot 1 --how cold --host-uid 1 --driver bhyve",
         ] {
             assert!(parse(bad).is_err(), "{bad}");
         }

@@ -146,9 +146,10 @@ pub(super) fn machine(spec: &Spec) -> Vec<Call> {
     calls
 }
 
-/// The kernel's command line. Firecracker adds `pci=off` and where its devices are.
-pub const BOOT_ARGS: &str = "console=null quiet panic=-1 rdinit=/init reboot=k 8250.nr_uarts=0 \
-     i8042.noaux i8042.nomux i8042.dumbkbd";
+/// The kernel's command line. Firecracker adds `pci=off` and where its devices are. A reset by the
+/// keyboard's controller is the one that it hears.
+pub const BOOT_ARGS: &str = "console=null quiet panic=-1 rdinit=/init rcupdate.rcu_expedited=1 \
+     reboot=k 8250.nr_uarts=0 i8042.noaux i8042.nomux i8042.dumbkbd";
 
 /// Builds the machine and runs it.
 pub(super) fn start() -> Call {

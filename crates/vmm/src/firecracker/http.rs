@@ -69,11 +69,9 @@ impl Http {
         self.gone || self.spoke_unasked()
     }
 
-    /// Lets the connection go; the server's end closes.
+    /// Makes no more use of the connection.
     pub(crate) fn close(&mut self) {
         self.gone = true;
-        // Closed by the other side already is good.
-        let _ = self.socket.shutdown(std::net::Shutdown::Both);
     }
 
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
