@@ -264,7 +264,7 @@ fn auth(identity: &Identity, given: &str) -> Result<Auth, AttachError> {
     let newest = match state(&stored) {
         Ok(held) if held.seq > new.seq => stored.as_str(),
         _ => {
-            token_state_store(Path::new(TOKEN_STATE), given)
+            unless_full(token_state_store(Path::new(TOKEN_STATE), given))
                 .map_err(step("storing the token state"))?;
             given
         }
@@ -275,6 +275,15 @@ fn auth(identity: &Identity, given: &str) -> Result<Auth, AttachError> {
         identity.gateway_key,
     );
     Auth::new(workspace, mint, gateway, newest).map_err(|_| AttachError::TokenState)
+}
+
+/// A workspace that filled its disk must still start, or its owner could never make room: what
+/// can't be written stays as the last start left it.
+fn unless_full(written: io::Result<()>) -> io::Result<()> {
+    match written {
+        Err(e) if e.kind() == io::ErrorKind::StorageFull => Ok(()),
+        other => other,
+    }
 }
 
 /// Keeps a token state for the next start.
@@ -397,8 +406,7 @@ fn names_set(
             format!("nameserver {}\n", address.gateway),
         ),
     ] {
-        files
-            .replace_if_changed(path, content.as_bytes(), mode)
+        unless_full(files.replace_if_changed(path, content.as_bytes(), mode))
             .map_err(step(format!("writing {path}")))?;
     }
     // The base image's is everybody's; this workspace gets its own at its first start.

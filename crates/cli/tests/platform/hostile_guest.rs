@@ -1,0 +1,577 @@
+//! A workspace whose root is hostile: what it sends, floods, fills and breaks has no effect
+//! outside of it.
+//!
+//! The attacks run inside a real VM (`hostile_guest/*.py`). What is looked at is outside: what
+//! the kernel delivers in the network namespace of the taps, its neighbours, addresses and
+//! ruleset, what reaches another workspace, the platform's processes.
+
+use crate::world::{Account, Platform};
+use rustix::net::{AddressFamily, Protocol, RecvFlags, SocketFlags, SocketType, ipproto};
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::OwnedFd;
+use std::process::Command;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+const FRAMES: &str = concat!(
+    env!("CARGO_MANIFEST_DIR"),
+    "/tests/platform/hostile_guest/frames.py"
+);
+const AGENT: &str = concat!(
+    env!("CARGO_MANIFEST_DIR"),
+    "/tests/platform/hostile_guest/agent.py"
+);
+/// The agent's port for the edge: the one path that is open while these tests run.
+const AGENT_PORT: u16 = model::limits::PORT_AGENT_TLS;
+
+#[test]
+fn no_frame_of_a_hostile_guest_has_an_effect() {
+    let p = Platform::start("[host]\npool_size = 1\n", None);
+    let account = p.account("frames");
+    let attacker = Guest::make(&p, &account, &["--public-access"]);
+    let victim = Guest::make(&p, &account, &[]);
+    attacker.copy_in(FRAMES);
+    let names = attacker.frames("names", &attacker, &victim);
+    let names: Vec<&str> = names.split_whitespace().collect();
+    assert!(names.len() >= 20, "only {} attacks", names.len());
+
+    let watch = Watch::new(&p, attacker.ip);
+    let mut failures = Vec::new();
+    println!(
+        "{:28} {:>7} {:>8}  effects outside",
+        "attack", "sent", "dropped"
+    );
+    for name in &names {
+        let before = Outside::of(&p, &watch, [&attacker, &victim]);
+        let dropped = attacker.counters(&p).out_dropped_packets;
+        let said = attacker.frames(name, &attacker, &victim);
+        let sent = said
+            .rsplit_once("sent ")
+            .and_then(|(_, n)| n.trim().parse::<u64>().ok())
+            .unwrap_or(0);
+        assert!(sent > 0, "{name} sent nothing: {said}");
+        let mut effects = before.changes(&Outside::of(&p, &watch, [&attacker, &victim]));
+        if said.contains("connected") {
+            effects.push(said.clone());
+        }
+        let dropped = attacker.counters(&p).out_dropped_packets - dropped;
+        println!("{name:28} {sent:>7} {dropped:>8}  {}", effects.len());
+        failures.extend(effects.into_iter().map(|e| format!("{name}: {e}")));
+    }
+    assert_eq!(failures, Vec::<String>::new());
+    p.expect_ok(
+        "the victim answers",
+        &victim.opened().exec(&["true"], &p, &account),
+    );
+
+    // The watch sees: without the ruleset the same frames are delivered.
+    for family in ["inet", "arp"] {
+        in_fabric(&p, &["nft", "delete", "table", family, "casemate"]);
+    }
+    attacker.send_only("host_addresses", &attacker, &victim);
+    let seen = watch.look().delivered;
+    assert!(!seen.is_empty(), "the watch is blind");
+}
+
+#[test]
+fn a_hostile_guest_harms_nobody_else() {
+    let p = Platform::start("[host]\npool_size = 1\n", None);
+    let account = p.account("harm");
+    let victim = Guest::make(&p, &account, &["--public-access"]);
+    println!(
+        "{:28} {:>9}  what was looked at outside",
+        "attack", "seconds"
+    );
+
+    // Each on a workspace of its own, which must end cleanly whatever became of it.
+    let run = |name: &str, attack: &dyn Fn(&Guest) -> String| {
+        let since = Instant::now();
+        let daemons = daemons(&p);
+        let guest = Guest::make(&p, &account, &["--public-access", "--disk-mb", "256"]);
+        let seen = attack(&guest);
+        p.expect_ok(name, &victim.exec(&["true"], &p, &account));
+        let gone = p.as_user(&account, &["ws", "rm", &guest.id]);
+        p.expect_ok(name, &gone);
+        assert!(
+            !p.workspaces_on_host().contains(&guest.id),
+            "{name}: still there"
+        );
+        assert_eq!(daemons, self::daemons(&p), "{name}: a process died");
+        println!("{name:28} {:>9.1}  {seen}", since.elapsed().as_secs_f64());
+    };
+
+    run("console flood", &|g| {
+        let logs = log_bytes(&p);
+        g.sh(
+            "for f in /dev/console /dev/kmsg /dev/ttyS0 /dev/hvc0; do \
+              head -c 16777216 /dev/zero | tr '\\0' 'x' | timeout 5 dd of=$f bs=64k 2>/dev/null; done; true",
+            &p,
+            &account,
+        );
+        let grown = log_bytes(&p).saturating_sub(logs);
+        assert!(grown < 1 << 20, "logs grew by {grown} bytes");
+        format!("logs grew by {grown} bytes")
+    });
+    run("disk filled", &|g| {
+        g.sh(
+            "dd if=/dev/urandom of=/fill bs=1M; df / | tail -1; true",
+            &p,
+            &account,
+        );
+        let file = p
+            .state("warden")
+            .join("disks")
+            .join(format!("{}.luks", g.id));
+        let bytes = std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(file).unwrap()) * 512;
+        assert!(
+            bytes <= (256 + 32) << 20,
+            "the disk file holds {bytes} bytes"
+        );
+        // It comes up again, full as it is.
+        p.expect_ok("stop", &p.as_user(&account, &["ws", "stop", &g.id]));
+        p.expect_ok("start", &p.as_user(&account, &["ws", "start", &g.id]));
+        p.expect_ok("full", &g.exec(&["test", "-s", "/fill"], &p, &account));
+        format!("{} MiB on the host, of 256; starts again", bytes >> 20)
+    });
+    run("fork bomb", &|g| {
+        g.sh(
+            "timeout 5 python3 -c 'import os,time\nend=time.time()+4\nwhile time.time()<end:\n try: os.fork()\n except OSError: pass'; true",
+            &p,
+            &account,
+        );
+        format!("{} processes on the slot's cgroup", g.slot_processes(&p))
+    });
+    run("memory bomb", &|g| {
+        g.sh(
+            "python3 -c 'x=[]\nwhile True: x.append(bytearray(1<<20))'; true",
+            &p,
+            &account,
+        );
+        let bytes = g.counters(&p).memory_bytes;
+        assert!(bytes < (256 + 128 + 1024) << 20, "{bytes} bytes");
+        format!("the VMM's group holds {} MiB", bytes >> 20)
+    });
+    run("CPU spin", &|g| {
+        g.sh(
+            "for i in 1 2 3 4; do timeout 3 sh -c 'while :; do :; done' & done; wait; true",
+            &p,
+            &account,
+        );
+        "the victim answered".into()
+    });
+    run("kernel crash", &|g| {
+        g.lost(
+            "sync; echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger",
+            &p,
+            &account,
+        )
+    });
+    run("reboot", &|g| {
+        g.lost(
+            "echo 1 > /proc/sys/kernel/sysrq; echo b > /proc/sysrq-trigger",
+            &p,
+            &account,
+        )
+    });
+    run("agent overwritten", &|g| {
+        g.lost(
+            "python3 -c 'm=open(\"/proc/1/maps\").read().splitlines()\nf=open(\"/proc/1/mem\",\"r+b\",0)\nfor l in m:\n a,p=l.split()[:2]\n if \"x\" in p and \"v\" not in l:\n  s,e=(int(v,16) for v in a.split(\"-\"))\n  f.seek(s)\n  f.write(b\"\\x0f\\x0b\"*((e-s)//2))'",
+            &p,
+            &account,
+        )
+    });
+    run("agent's channel flooded", &|g| {
+        g.sh(
+            "python3 - <<'P'\nimport os,glob\nfor d in glob.glob('/sys/bus/virtio/drivers/virtio_console/virtio*'):\n  n=os.path.basename(d)\n  for act in ('unbind','bind'):\n    try: open('/sys/bus/virtio/drivers/virtio_console/'+act,'w').write(n)\n    except OSError as e: print(act,e)\nimport time\nend=time.time()+3\nfor port in glob.glob('/dev/vport*'):\n  try:\n    fd=os.open(port,os.O_RDWR|os.O_NONBLOCK)\n    while time.time()<end:\n      try: os.write(fd,b'{\"type\":\"up\",\"kernel\":\"'+b'x'*60000+b'\"}\\n'+os.urandom(4096))\n      except BlockingIOError: time.sleep(0.01)\n  except OSError as e: print(port,e)\nP\ntrue",
+            &p,
+            &account,
+        );
+        let kib = g.rss_kib(&p, "vmctl_pid");
+        assert!(kib < 32 << 10, "vmctl grew to {kib} KiB");
+        format!("vmctl holds {kib} KiB")
+    });
+    for kind in ["garbage", "endless", "silence", "tls_alert", "http"] {
+        run(&format!("agent replaced: {kind}"), &|g| {
+            g.copy_in(AGENT);
+            g.sh(
+                &format!(
+                    "python3 /root/agent.py {kind} >/tmp/out 2>&1 & \
+                     for i in $(seq 100); do grep -qE 'ready|no socket' /tmp/out && break; sleep 0.1; done; cat /tmp/out"
+                ),
+                &p,
+                &account,
+            );
+            let edge = p.daemon_pid("edge").unwrap();
+            let before = status_kib(edge, "VmRSS");
+            let (mut answered, mut refused) = (0, 0);
+            for _ in 0..10 {
+                let mut c = Command::new("timeout");
+                c.arg("60").arg(env!("CARGO_BIN_EXE_casemate"));
+                let out = g.user_command(c, &p, &account, &["ws", "exec", &g.id, "--", "true"]);
+                // A typed error or the true agent's answer; never a hang (124), never a crash.
+                match out.status.code() {
+                    Some(0) => answered += 1,
+                    Some(124) | None => panic!("a call hung: {out:?}"),
+                    Some(_) => refused += 1,
+                }
+            }
+            let grown = status_kib(edge, "VmRSS").saturating_sub(before);
+            assert!(grown < 32 << 10, "the edge grew by {grown} KiB");
+            format!("{answered} answered, {refused} refused; the edge grew by {grown} KiB")
+        });
+    }
+}
+
+/// One workspace of these tests.
+struct Guest<'a> {
+    id: String,
+    slot: u16,
+    ip: std::net::Ipv4Addr,
+    mac: String,
+    gateway: String,
+    p: &'a Platform,
+    account: &'a Account,
+}
+
+impl<'a> Guest<'a> {
+    fn make(p: &'a Platform, account: &'a Account, args: &[&str]) -> Self {
+        let mut all = vec!["--json", "ws", "create"];
+        all.extend(args);
+        let out = p.as_user(account, &all);
+        p.expect_ok("create", &out);
+        let w: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+        let id = w["id"].as_str().unwrap().to_owned();
+        let slot = p
+            .slots()
+            .into_iter()
+            .find(|s| s["workspace"] == id.as_str())
+            .unwrap();
+        let net = |key: &str| slot["net"][key].as_str().unwrap().to_owned();
+        Self {
+            id,
+            slot: u16::try_from(slot["slot"].as_u64().unwrap()).unwrap(),
+            ip: net("ip").parse().unwrap(),
+            mac: net("mac"),
+            gateway: net("gateway"),
+            p,
+            account,
+        }
+    }
+
+    fn opened(&self) -> &Self {
+        let on = self
+            .p
+            .as_user(self.account, &["ws", "access", &self.id, "on"]);
+        self.p.expect_ok("open", &on);
+        self
+    }
+
+    fn copy_in(&self, file: &str) {
+        let name = file.rsplit('/').next().unwrap();
+        let to = format!("{}:/root/{name}", self.id);
+        self.p.expect_ok(
+            "cp",
+            &self.p.as_user(self.account, &["ws", "cp", file, &to]),
+        );
+    }
+
+    fn exec(&self, command: &[&str], p: &Platform, account: &Account) -> std::process::Output {
+        let mut args = vec!["ws", "exec", &self.id, "--"];
+        args.extend(command);
+        p.as_user(account, &args)
+    }
+
+    /// Runs a shell line whose end must be told.
+    fn sh(&self, line: &str, p: &Platform, account: &Account) -> String {
+        let out = self.exec(&["sh", "-c", line], p, account);
+        String::from_utf8_lossy(&out.stdout).into_owned()
+    }
+
+    /// Runs a line that ends the VM, and waits until the slot is seen to be dead or gone.
+    fn lost(&self, line: &str, p: &Platform, account: &Account) -> String {
+        let vmm = self.view(p).map_or(0, |s| s["vmm_pid"].as_u64().unwrap());
+        let mut c = Command::new("timeout");
+        c.arg("60").arg(env!("CARGO_BIN_EXE_casemate"));
+        let args = ["ws", "exec", &self.id, "--", "sh", "-c", line];
+        let _ = self.user_command(c, p, account, &args);
+        let end = Instant::now() + Duration::from_secs(60);
+        while std::path::Path::new(&format!("/proc/{vmm}")).exists() {
+            assert!(Instant::now() < end, "VMM {vmm} still runs");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        "its VMM is gone".into()
+    }
+
+    fn user_command(
+        &self,
+        mut c: Command,
+        p: &Platform,
+        account: &Account,
+        args: &[&str],
+    ) -> std::process::Output {
+        let like = p.user_command(account, args);
+        c.args(like.get_args());
+        for (key, value) in like.get_envs() {
+            if let Some(value) = value {
+                c.env(key, value);
+            }
+        }
+        c.output().unwrap()
+    }
+
+    fn frames(&self, name: &str, own: &Guest<'_>, victim: &Guest<'_>) -> String {
+        let out = self.attack(name, own, victim);
+        self.p.expect_ok(name, &out);
+        String::from_utf8(out.stdout).unwrap()
+    }
+
+    /// The same where the answer may be lost with the firewall.
+    fn send_only(&self, name: &str, own: &Guest<'_>, victim: &Guest<'_>) {
+        let _ = self.attack(name, own, victim);
+    }
+
+    fn attack(&self, name: &str, own: &Guest<'_>, victim: &Guest<'_>) -> std::process::Output {
+        let (own_ip, victim_ip) = (own.ip.to_string(), victim.ip.to_string());
+        self.exec(
+            &[
+                "python3",
+                "/root/frames.py",
+                name,
+                &own_ip,
+                &own.mac,
+                &own.gateway,
+                &victim_ip,
+                &victim.mac,
+            ],
+            self.p,
+            self.account,
+        )
+    }
+
+    fn view(&self, p: &Platform) -> Option<serde_json::Value> {
+        p.slots()
+            .into_iter()
+            .find(|s| s["workspace"] == self.id.as_str())
+    }
+
+    fn counters(&self, p: &Platform) -> api::warden::Counters {
+        let socket = p.root().join("run/casemate/warden/warden.sock");
+        let op = api::warden::Op::Counters { slot: self.slot };
+        api::rpc::blocking::call(&socket, "test", &op, Duration::from_secs(10)).unwrap()
+    }
+
+    fn rss_kib(&self, p: &Platform, which: &str) -> u64 {
+        let view = self.view(p).unwrap();
+        status_kib(view[which].as_u64().unwrap(), "VmRSS")
+    }
+
+    /// Threads of the slot's VMM: what the guest forks must not show on the host.
+    fn slot_processes(&self, p: &Platform) -> usize {
+        let view = self.view(p).unwrap();
+        let threads = std::fs::read_dir(format!("/proc/{}/task", view["vmm_pid"]))
+            .unwrap()
+            .count();
+        assert!(threads < 64, "{threads} threads");
+        threads
+    }
+}
+
+fn status_kib(pid: u64, field: &str) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = text.lines().find(|l| l.starts_with(field)).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+fn daemons(p: &Platform) -> BTreeMap<&'static str, u64> {
+    let names = [
+        "audit-append",
+        "audit-integrate",
+        "kms",
+        "mint",
+        "warden",
+        "host",
+        "control",
+        "edge",
+    ];
+    names
+        .into_iter()
+        .map(|n| (n, p.daemon_pid(n).unwrap()))
+        .collect()
+}
+
+fn log_bytes(p: &Platform) -> u64 {
+    std::fs::read_dir(p.state("log"))
+        .unwrap()
+        .flatten()
+        .filter_map(|e| Some(e.metadata().ok()?.len()))
+        .sum()
+}
+
+fn in_fabric(p: &Platform, command: &[&str]) -> String {
+    let out = Command::new("nsenter")
+        .arg(format!("--net=/run/netns/{}", p.fabric()))
+        .arg("--")
+        .args(command)
+        .output()
+        .unwrap();
+    assert!(
+        out.status.success(),
+        "{command:?}: {}",
+        String::from_utf8_lossy(&out.stderr)
+    );
+    String::from_utf8(out.stdout).unwrap()
+}
+
+/// All that a frame could change.
+#[derive(Debug)]
+struct Outside {
+    delivered: Vec<String>,
+    neighbours: BTreeSet<String>,
+    routes: BTreeSet<String>,
+    rules: BTreeSet<String>,
+    to_victim: u64,
+    daemons: BTreeMap<&'static str, u64>,
+}
+
+impl Outside {
+    fn of(p: &Platform, watch: &Watch, [attacker, victim]: [&Guest<'_>; 2]) -> Self {
+        let seen = watch.look();
+        let taps = [attacker, victim].map(|g| format!("cm{}", g.slot));
+        // Pooled VMs come and go meanwhile.
+        let ours = |text: &str, split: &[char]| -> BTreeSet<String> {
+            text.split(split)
+                .map(|item| item.trim().to_owned())
+                .filter(|item| {
+                    let mut words = item.split(|c: char| !c.is_ascii_alphanumeric());
+                    words.all(|w| {
+                        let number = w.strip_prefix("cm").and_then(|n| n.parse::<u16>().ok());
+                        number.is_none() || taps.iter().any(|t| t == w)
+                    })
+                })
+                .collect()
+        };
+        Self {
+            delivered: seen.delivered,
+            neighbours: ours(&seen.neighbours, &['\n']),
+            routes: ours(&seen.routes, &['\n']),
+            rules: ours(
+                &in_fabric(p, &["nft", "-s", "list", "ruleset"]),
+                &['\n', ',', '{', '}'],
+            ),
+            to_victim: victim.counters(p).in_packets,
+            daemons: daemons(p),
+        }
+    }
+
+    /// One line for each difference; what was delivered is new by itself.
+    fn changes(&self, after: &Self) -> Vec<String> {
+        let mut all: Vec<String> = after
+            .delivered
+            .iter()
+            .take(8)
+            .map(|d| format!("delivered {d}"))
+            .collect();
+        for (what, a, b) in [
+            ("neighbours", &self.neighbours, &after.neighbours),
+            ("routes", &self.routes, &after.routes),
+            ("rules", &self.rules, &after.rules),
+        ] {
+            if a != b {
+                let changed: Vec<_> = a.symmetric_difference(b).collect();
+                all.push(format!("{what} changed: {changed:?}"));
+            }
+        }
+        if self.to_victim != after.to_victim {
+            let packets = after.to_victim - self.to_victim;
+            all.push(format!("{packets} packets reached the victim's tap"));
+        }
+        if self.daemons != after.daemons {
+            all.push(format!("processes: {:?} {:?}", self.daemons, after.daemons));
+        }
+        all
+    }
+}
+
+#[derive(Debug)]
+struct Seen {
+    delivered: Vec<String>,
+    neighbours: String,
+    routes: String,
+}
+
+/// A thread in the network namespace of the taps, with raw sockets: they get what passed the
+/// firewall's input, whether somebody listens or not.
+struct Watch {
+    ask: mpsc::Sender<mpsc::Sender<Seen>>,
+}
+
+impl Watch {
+    fn new(p: &Platform, attacker: std::net::Ipv4Addr) -> Self {
+        let (ask, asked) = mpsc::channel::<mpsc::Sender<Seen>>();
+        let netns = std::fs::File::open(format!("/run/netns/{}", p.fabric())).unwrap();
+        std::thread::spawn(move || {
+            let kind = Some(rustix::thread::LinkNameSpaceType::Network);
+            rustix::thread::move_into_link_name_space(std::os::fd::AsFd::as_fd(&netns), kind)
+                .unwrap();
+            let raw = |protocol: Protocol| {
+                let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+                rustix::net::socket_with(
+                    AddressFamily::INET,
+                    SocketType::RAW,
+                    flags,
+                    Some(protocol),
+                )
+                .unwrap()
+            };
+            let sockets = [
+                raw(ipproto::TCP),
+                raw(ipproto::UDP),
+                raw(ipproto::ICMP),
+                raw(ipproto::IGMP),
+                raw(ipproto::SCTP),
+            ];
+            while let Ok(reply) = asked.recv() {
+                let read = |name: &str| {
+                    std::fs::read_to_string(format!("/proc/thread-self/net/{name}"))
+                        .unwrap_or_default()
+                };
+                let seen = Seen {
+                    delivered: sockets.iter().flat_map(|s| drain(s, attacker)).collect(),
+                    neighbours: read("arp"),
+                    routes: read("if_inet6") + &read("route"),
+                };
+                let _ = reply.send(seen);
+            }
+        });
+        Self { ask }
+    }
+
+    fn look(&self) -> Seen {
+        let (reply, answer) = mpsc::channel();
+        self.ask.send(reply).unwrap();
+        answer.recv().unwrap()
+    }
+}
+
+/// What a raw socket holds, but for answers of the attacker's own agent to the edge.
+fn drain(socket: &OwnedFd, attacker: std::net::Ipv4Addr) -> Vec<String> {
+    let mut all = Vec::new();
+    let mut buffer = [0u8; 2048];
+    while let Ok((_, n)) = rustix::net::recv(socket, &mut buffer[..], RecvFlags::DONTWAIT) {
+        let packet = &buffer[..n.min(2048)];
+        let (Some(head), Some(words)) = (packet.get(..20), packet.first().map(|b| b & 15)) else {
+            continue;
+        };
+        let from = std::net::Ipv4Addr::new(head[12], head[13], head[14], head[15]);
+        let to = std::net::Ipv4Addr::new(head[16], head[17], head[18], head[19]);
+        let at = usize::from(words) * 4;
+        let port = packet
+            .get(at..at + 2)
+            .map_or(0, |p| u16::from_be_bytes([p[0], p[1]]));
+        if head[9] == 6 && from == attacker && port == AGENT_PORT {
+            continue;
+        }
+        all.push(format!("protocol {} from {from}:{port} to {to}", head[9]));
+    }
+    all
+}
