@@ -412,8 +412,8 @@ fn names_set(
     // The base image's is everybody's; this workspace gets its own at its first start.
     if fs::symlink_metadata(Path::new(DISK).join("upper/etc/machine-id")).is_err() {
         let id = format!("{}\n", hex::encode(seal::random::bytes::<16>()));
-        files
-            .replace("/etc/machine-id", id.as_bytes(), Mode::from_raw_mode(0o444))
+        let mode = Mode::from_raw_mode(0o444);
+        unless_full(files.replace("/etc/machine-id", id.as_bytes(), mode))
             .map_err(step("writing /etc/machine-id"))?;
     }
     Ok(())
