@@ -38,6 +38,30 @@ pub enum Op {
     },
     /// What this host can run. Answer: [`Info`].
     Info,
+    /// Workspaces that were used since the last such report; edge and control. Answer: `true`.
+    Active {
+        /// At most [`ACTIVE_MAX`]; those that this host does not know are ignored.
+        workspaces: Vec<WorkspaceId>,
+    },
+    /// For how long workspaces were not used; control. Answer: `Vec<`[`Idle`]`>` of those that
+    /// this host knows.
+    Idle {
+        /// At most [`ACTIVE_MAX`].
+        workspaces: Vec<WorkspaceId>,
+    },
+}
+
+/// Workspaces in one [`Op::Active`] or [`Op::Idle`].
+pub const ACTIVE_MAX: usize = 1_000;
+
+/// For how long a workspace was not used.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Idle {
+    /// The workspace.
+    pub workspace: WorkspaceId,
+    /// Since its last use, start or resume, or since this host process began, ms of a monotonic
+    /// clock.
+    pub idle_ms: u64,
 }
 
 /// What control wants of a workspace.
@@ -58,6 +82,12 @@ pub struct Desired {
     pub disk_bytes_per_s: u64,
     /// Disk operations/s.
     pub disk_ops_per_s: u64,
+    /// Bounds of its network.
+    #[serde(default)]
+    pub net_rates: crate::warden::NetRates,
+    /// Processes and threads of its VMM; 0 is warden's own bound.
+    #[serde(default)]
+    pub pids: u32,
     /// The guest config's exact text.
     pub config: String,
     /// The edge may reach the agent (`public_access`).
@@ -71,7 +101,8 @@ pub struct Desired {
     /// That lease in clear: what host tells warden. The KMS compares it with the receipt.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start: Option<crate::audit::Lease>,
-    /// Signed `mint::TokenState`.
+    /// Signed `mint::TokenState`; empty while key and tokens are being made: a start then waits
+    /// with an attested disk.
     pub token_state: String,
 }
 

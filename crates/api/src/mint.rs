@@ -160,6 +160,8 @@ pub enum PolicyAct {
     Restart,
     /// Delete at the end of its time-to-live.
     Expire,
+    /// Stop or pause at the end of its time-to-live, or when nobody uses it.
+    Stop,
 }
 
 /// A standing policy.

@@ -51,6 +51,9 @@ pub enum Op {
         bytes_per_s: u64,
         /// Disk operations/s.
         ops_per_s: u64,
+        /// Processes and threads of the VMM; 0 is warden's own bound.
+        #[serde(default)]
+        pids: u32,
     },
     /// Gives the disk process its sealed grant; it opens (or, if the disk is new, formats) the
     /// volume; the file goes to vmctl. Answer: `true`.
@@ -68,6 +71,9 @@ pub enum Op {
         slot: u16,
         /// What is open; nothing else is.
         open: Vec<Open>,
+        /// How fast.
+        #[serde(default)]
+        rates: NetRates,
     },
     /// Ends everything on the slot: disk, VMM, vmctl, tap, rules, cgroup. Idempotent.
     /// Answer: `true`.
@@ -97,6 +103,16 @@ pub enum Start {
     Cold,
     /// Cold boot with shared memory, to be saved as the template.
     Build,
+}
+
+/// Bounds of a slot's network, each way; 0 is no bound.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetRates {
+    /// Bytes/s.
+    pub bytes_per_s: u64,
+    /// Packets/s.
+    pub packets_per_s: u64,
 }
 
 /// Who may send to a port of the guest.

@@ -83,6 +83,40 @@ pub enum Command {
         /// Id or slug.
         workspace: String,
     },
+    /// Pause: its memory is kept, it uses no CPU.
+    Pause {
+        /// Id or slug.
+        workspace: String,
+    },
+    /// Continue a paused workspace.
+    Resume {
+        /// Id or slug.
+        workspace: String,
+    },
+    /// Say that it is used: its time-to-live counts anew.
+    Ping {
+        /// Id or slug.
+        workspace: String,
+    },
+    /// Change its size from its next start on; a disk only grows.
+    Resize {
+        /// Id or slug.
+        workspace: String,
+        /// Virtual CPUs.
+        #[arg(long)]
+        cpus: Option<u32>,
+        /// Memory, MiB.
+        #[arg(long)]
+        memory_mb: Option<u32>,
+        /// Disk, MiB; not less than it has.
+        #[arg(long)]
+        disk_mb: Option<u32>,
+        /// Relaunch it now, if it runs: what is in its memory is lost.
+        #[arg(long)]
+        apply: bool,
+    },
+    /// Show or change what happens to it by itself.
+    Lifecycle(LifecycleArgs),
     /// Delete: its key is destroyed. Prints the erasure receipt.
     Rm {
         /// Id or slug.
@@ -91,6 +125,33 @@ pub enum Command {
         #[arg(long)]
         receipt: Option<PathBuf>,
     },
+}
+
+/// What happens to a workspace by itself; without an option it is shown.
+#[derive(Debug, clap::Args)]
+pub struct LifecycleArgs {
+    /// Id or slug.
+    workspace: String,
+    /// Temporary: what follows after this time (`30m`, `2h`), counted from now.
+    #[arg(long)]
+    ttl: Option<String>,
+    /// What follows: `stop` (default), `pause` or `remove`.
+    #[arg(long, value_parser = ["stop", "pause", "remove"])]
+    ttl_action: Option<String>,
+    /// Delete it, with its key, whenever it ends.
+    #[arg(long, requires = "ttl")]
+    remove_on_exit: bool,
+    /// Permanent: no time-to-live.
+    #[arg(long, conflicts_with_all = ["ttl", "ttl_action"])]
+    permanent: bool,
+    /// When a permanent workspace that ended by itself is started again: `no`, `always`,
+    /// `on-failure` or `unless-stopped`.
+    #[arg(long, conflicts_with = "ttl")]
+    restart_policy: Option<String>,
+    /// Stop a permanent workspace that nobody used for this time (`2h`; at least an hour; `0` is
+    /// never).
+    #[arg(long, conflicts_with = "ttl")]
+    stop_after: Option<String>,
 }
 
 /// Runs a command; the process's exit code.
@@ -188,6 +249,42 @@ pub async fn run(client: &Client, command: Command, as_json: bool) -> anyhow::Re
         Command::Cp { from, to } => copy(client, &from, &to).await?,
         Command::Stop { workspace } => power(client, &workspace, "stop", as_json).await?,
         Command::Start { workspace } => power(client, &workspace, "start", as_json).await?,
+        Command::Pause { workspace } => power(client, &workspace, "pause", as_json).await?,
+        Command::Resume { workspace } => power(client, &workspace, "resume", as_json).await?,
+        Command::Ping { workspace } => power(client, &workspace, "ping", as_json).await?,
+        Command::Resize {
+            workspace,
+            cpus,
+            memory_mb,
+            disk_mb,
+            apply,
+        } => {
+            let mut body = json!({ "apply": apply });
+            for (key, value) in [
+                ("cpus", cpus),
+                ("memory_mb", memory_mb),
+                ("disk_size_mb", disk_mb),
+            ] {
+                if let Some(v) = value {
+                    body[key] = v.into();
+                }
+            }
+            let path = format!("/workspace/{workspace}/resources");
+            let answer = client.control(Method::PATCH, &path, Some(&body)).await?;
+            print(as_json, &answer, |a| {
+                let r = &a["resources"];
+                let when = match (&a["relaunched"], &r["running"]) {
+                    (Value::Bool(true), _) => "; it was relaunched",
+                    (_, Value::Null) => "",
+                    _ => " from its next start on",
+                };
+                format!(
+                    "{} CPUs, {} MiB of memory, {} MiB of disk{when}",
+                    r["cpus"], r["memory_mb"], r["disk_size_mb"]
+                )
+            });
+        }
+        Command::Lifecycle(args) => lifecycle(client, &args, as_json).await?,
         Command::Rm { workspace, receipt } => {
             let answer = client
                 .control(Method::DELETE, &format!("/workspace/{workspace}"), None)
@@ -239,7 +336,60 @@ async fn power(client: &Client, ws: &str, act: &str, as_json: bool) -> anyhow::R
         .await?;
     print(as_json, &answer, |_| match act {
         "stop" => format!("{ws} is stopped; its disk is ciphertext"),
+        "pause" => format!("{ws} is paused; its memory is kept"),
+        "ping" => format!("{ws} is used"),
         _ => format!("{ws} runs"),
+    });
+    Ok(())
+}
+
+/// Changes what is asked for, and shows what is so.
+async fn lifecycle(client: &Client, args: &LifecycleArgs, as_json: bool) -> anyhow::Result<()> {
+    let path = format!("/workspace/{}/lifecycle", args.workspace);
+    if let Some(ttl) = &args.ttl {
+        let action = args.ttl_action.as_deref().unwrap_or("stop");
+        let body = json!({ "ttl": ttl, "ttl_action": action, "remove_on_exit": args.remove_on_exit });
+        client.post(&format!("{path}/temporary"), &body).await?;
+    } else if let Some(action) = &args.ttl_action {
+        let body = json!({ "ttl_action": action });
+        let ttl = format!("{path}/ttl");
+        client.control(Method::PUT, &ttl, Some(&body)).await?;
+    }
+    if args.permanent || args.restart_policy.is_some() {
+        let body = match &args.restart_policy {
+            Some(policy) => json!({ "restart_policy": policy }),
+            None => json!({}),
+        };
+        client.post(&format!("{path}/permanent"), &body).await?;
+    }
+    if let Some(after) = &args.stop_after {
+        let before = client.get(&path).await?;
+        let suspend_after = before["idle"]["suspend_after"].as_u64().unwrap_or(0);
+        let body = json!({ "suspend_after": suspend_after, "stop_after": after });
+        let idle = format!("{path}/idle");
+        client.control(Method::PUT, &idle, Some(&body)).await?;
+    }
+    let shown = client.get(&path).await?;
+    print(as_json, &shown, |l| {
+        let or = |v: &Value, none: &str| match v {
+            Value::Null => none.to_owned(),
+            Value::String(s) => s.clone(),
+            other => other.to_string(),
+        };
+        let restarts = &l["restart_info"];
+        format!(
+            "{}, {}\nends: {}\nrestarts: {} ({} in a row, {})\nidle: {}",
+            text(l, "mode"),
+            text(l, "status"),
+            match &l["expires_at"] {
+                Value::Null => "never".to_owned(),
+                at => format!("{} at {}", text(l, "ttl_action"), or(at, "-")),
+            },
+            text(l, "restart_policy"),
+            restarts["restarts"],
+            text(restarts, "state"),
+            or(&l["idle"], "stays up"),
+        )
     });
     Ok(())
 }

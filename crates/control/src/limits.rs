@@ -36,6 +36,8 @@ pub const ROWS_MAX: i64 = 100_000;
 pub const PAGE: (usize, usize) = (20, 100);
 /// How long host's images stay known.
 pub const INFO_CACHE: Duration = Duration::from_secs(2);
+/// How old host's images may be where a start finds out soon enough that one is gone.
+pub const INFO_RECENT: Duration = Duration::from_secs(60);
 
 /// Longest string of a request that has no bound of its own, characters.
 pub const TEXT_MAX_CHARS: usize = 1_024;
@@ -46,17 +48,7 @@ pub const CMD_ARGS_MAX: usize = 64;
 /// A workspace's config with environment and command, bytes: it must fit the agent's channel
 /// beside the token state.
 pub const GUEST_CONFIG_MAX_BYTES: usize = 32 << 10;
-/// Longest time-to-live, seconds.
-pub const TTL_MAX_S: u64 = 366 * 86_400;
 
-/// Unplanned restarts in a row before a workspace is left stopped, where the owner set no bound.
-pub const RESTARTS_MAX: u32 = 5;
-/// A workspace that ran this long starts counting anew, ms.
-pub const RESTARTS_FORGIVEN_AFTER_MS: u64 = 60_000;
-/// First pause before a restart, ms; doubles each time.
-pub const RESTART_PAUSE_MS: u64 = 500;
-/// Longest pause before a restart, ms.
-pub const RESTART_PAUSE_MAX_MS: u64 = 60_000;
 /// How often everything is reconciled without being woken.
 pub const RECONCILE_EVERY: Duration = Duration::from_secs(5);
 /// Shortest time between two reconciliations.

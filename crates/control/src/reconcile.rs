@@ -3,18 +3,13 @@
 //!
 //! What it does by itself it does under the owner's standing policy, or to close something.
 
-use crate::app::removal;
-use crate::app::{App, power};
-use crate::audit::Act;
-use crate::limits::{
-    NEWS_WAIT_MS, RECONCILE_EVERY, RECONCILE_GAP, RESTART_PAUSE_MAX_MS, RESTART_PAUSE_MS,
-    RESTARTS_FORGIVEN_AFTER_MS, RESTARTS_MAX,
-};
+use crate::app::{App, creation, power, removal, standing};
+use crate::limits::{NEWS_WAIT_MS, RECONCILE_EVERY, RECONCILE_GAP};
 use crate::op::Op;
 use crate::store::{Stage, Workspace};
-use api::ErrorCode;
-use api::host::{Actual, ActualState, Changes};
-use model::{Power, RestartPolicy, TtlAction};
+use api::host::{ACTIVE_MAX, Actual, ActualState, Changes, Idle};
+use model::{Power, lifecycle};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
@@ -23,11 +18,11 @@ use tokio::sync::watch;
 pub async fn run(app: Arc<App>, mut stop: watch::Receiver<bool>) {
     let news = tokio::spawn(news(Arc::clone(&app)));
     loop {
-        converge(&app).await;
+        let pause = converge(&app).await;
         tokio::time::sleep(RECONCILE_GAP).await;
         tokio::select! {
             () = app.wake.notified() => {}
-            () = tokio::time::sleep(RECONCILE_EVERY) => {}
+            () = tokio::time::sleep(pause) => {}
             _ = stop.wait_for(|s| *s) => break,
         }
     }
@@ -64,8 +59,8 @@ async fn news(app: Arc<App>) {
     }
 }
 
-/// One look at everything.
-pub async fn converge(app: &Arc<App>) {
+/// One look at everything; how long until the next is due.
+pub async fn converge(app: &Arc<App>) -> Duration {
     let left = app.audit.spool_flush().await;
     app.metrics
         .spooled
@@ -74,7 +69,7 @@ pub async fn converge(app: &Arc<App>) {
         Ok(all) => all,
         Err(e) => {
             tracing::error!(error = %e, detail = e.detail, "reconcile");
-            return;
+            return RECONCILE_EVERY;
         }
     };
     app.metrics
@@ -88,14 +83,16 @@ pub async fn converge(app: &Arc<App>) {
         .deletions_waiting
         .set(i64::try_from(deleting).unwrap_or(i64::MAX));
     let mut kms_sealed = None;
-    for w in all {
+    for w in &all {
         if app.is_busy(&w.id) {
             continue;
         }
-        if let Err(e) = one(app, &w, &mut kms_sealed).await {
+        if let Err(e) = one(app, w, &mut kms_sealed).await {
             tracing::warn!(workspace = %w.id, code = e.code.as_str(), error = %e, detail = e.detail, "reconcile");
         }
     }
+    idle_stops(app, &all).await;
+    pause(&all, app.now_ms())
 }
 
 async fn one(app: &Arc<App>, w: &Workspace, kms_sealed: &mut Option<bool>) -> api::Result<()> {
@@ -107,13 +104,23 @@ async fn one(app: &Arc<App>, w: &Workspace, kms_sealed: &mut Option<bool>) -> ap
         }
         Stage::Ready => {}
     }
+    if let Some(request_id) = &w.doc.outcome_owed {
+        let mut op = Op::internal("reconcile.create");
+        op.request_id.clone_from(request_id);
+        return creation::outcome_pay(app, &op, w, None).await;
+    }
     let now_ms = app.now_ms();
     if w.doc.ttl_expires_ms.is_some_and(|t| t <= now_ms) {
-        return expire(app, w).await;
+        return standing::expire(app, w).await;
     }
-    match app.actual_known(&w.id) {
+    let actual = app.actual_known(&w.id);
+    let heard = actual.as_ref().map(|a| a.generation);
+    match actual {
         Some(actual) if actual.generation >= w.generation => {
             settle(app, w, &actual, kms_sealed).await
+        }
+        _ if w.doc.power == Power::Running && heard < w.doc.life.restart_generation => {
+            standing::restart_again(app, w).await
         }
         _ => push(app, w).await,
     }
@@ -152,14 +159,14 @@ async fn settle(
     actual: &Actual,
     kms_sealed: &mut Option<bool>,
 ) -> api::Result<()> {
-    let wanted = matches!(w.doc.power, Power::Running | Power::Paused);
     let now_ms = app.now_ms();
-    match actual.state {
-        ActualState::Running => {
+    let owed = w.doc.life.restart_at_ms;
+    match (actual.state, w.doc.power) {
+        (ActualState::Running, _) => {
             power::ran_note(app, w, Some(actual)).await?;
             let forgiven = actual
                 .since_ms
-                .is_some_and(|t| t + RESTARTS_FORGIVEN_AFTER_MS <= now_ms);
+                .is_some_and(|t| lifecycle::restarts_forgiven(t, now_ms));
             if w.doc.restarts > 0 && forgiven {
                 let calm = |w: &mut Workspace| {
                     w.doc.restarts = 0;
@@ -169,119 +176,76 @@ async fn settle(
             }
             Ok(())
         }
-        ActualState::Crashed | ActualState::Failed if wanted => {
-            ended(app, w, actual, kms_sealed).await
+        (ActualState::Crashed | ActualState::Failed, Power::Paused) => {
+            standing::exited(app, w, actual).await
         }
+        (ActualState::Crashed | ActualState::Failed, Power::Running) => {
+            match owed {
+                None => standing::exited(app, w, actual).await,
+                Some(at_ms) if !lifecycle::restart_due(at_ms, now_ms) => Ok(()),
+                // Waits, and uses up no attempt.
+                Some(_) if standing::is_sealed(actual) && kms_is_sealed(app, kms_sealed).await => {
+                    Ok(())
+                }
+                Some(_) => standing::restart(app, w).await,
+            }
+        }
+        (ActualState::Stopped, Power::Stopped) if w.doc.life.remove_due => {
+            removal::workspace_expire(app, w).await.map(drop)
+        }
+        // Control was killed between the stop and the start of a restart.
+        (ActualState::Stopped, Power::Stopped) if owed.is_some() => standing::restart(app, w).await,
         _ => Ok(()),
     }
 }
 
-/// A workspace that should run does not: restart it, or leave it stopped.
-async fn ended(
-    app: &Arc<App>,
-    w: &Workspace,
-    actual: &Actual,
-    kms_sealed: &mut Option<bool>,
-) -> api::Result<()> {
-    let sealed = actual
-        .error
-        .as_ref()
-        .is_some_and(|e| e.code == ErrorCode::KmsSealed);
-    let allowed = match w.doc.restart_policy {
-        RestartPolicy::No => false,
-        RestartPolicy::Always => true,
-        RestartPolicy::OnFailure => actual.error.is_some(),
-    };
-    let most = w.doc.max_restarts.unwrap_or(RESTARTS_MAX);
-    let policy = w.doc.policy.as_deref().filter(|_| allowed);
-    let Some(policy) = policy.filter(|_| sealed || w.doc.restarts < most) else {
-        return leave_stopped(app, w, actual).await;
-    };
-    if app.now_ms() < w.doc.restart_not_before_ms {
-        return Ok(());
-    }
-    if sealed && kms_is_sealed(app, kms_sealed).await {
-        return Ok(()); // Waits, and uses up no attempt.
-    }
-    restart(app, w, policy, sealed).await
-}
-
-async fn restart(app: &Arc<App>, w: &Workspace, policy: &str, free: bool) -> api::Result<()> {
-    let op = Op::internal("restart");
-    let _busy = app.busy_quietly(&w.id);
-    let mut act = Act::new("workspace.restart", &w.account, w.id.as_str());
-    act.policy = Some(policy);
-    let lease = app.lease_new(&w.id, &w.doc.host, &w.doc.config);
-    let receipt = app.audit.intent_with_lease(&op, &act, &lease).await?;
-    app.metrics.restarts.inc();
+/// Stops what nobody uses. Host is asked about those only that could be due.
+async fn idle_stops(app: &Arc<App>, all: &[Workspace]) {
     let now_ms = app.now_ms();
-    let done = async {
-        let w = app
-            .store
-            .workspace_update(w, now_ms, |w| {
-                crate::app::workspace::ready(w)?;
-                w.doc.restarts += u32::from(!free);
-                let doublings = w.doc.restarts.min(16);
-                let pause = (RESTART_PAUSE_MS << doublings).min(RESTART_PAUSE_MAX_MS);
-                w.doc.restart_not_before_ms = now_ms + pause;
-                Ok(())
-            })
-            .await?;
-        app.host_apply(&op, &w, Some((&lease, &receipt)), 0)
-            .await
-            .map(drop)
-    };
-    let done: api::Result<()> = done.await;
-    app.audit.outcome(&op, &act, &done).await;
-    done
-}
-
-async fn leave_stopped(app: &Arc<App>, w: &Workspace, actual: &Actual) -> api::Result<()> {
-    let op = Op::internal("exit");
-    let act = Act::new("workspace.exited", &w.account, w.id.as_str());
-    app.audit.fact(&op, &act, actual.error.as_ref()).await;
-    if w.doc.remove_on_exit {
-        return removal::workspace_expire(app, w).await.map(drop);
-    }
-    let error = actual.error.clone();
-    let stopped = app
-        .store
-        .workspace_update(w, app.now_ms(), |w| {
-            crate::app::workspace::ready(w)?;
-            w.doc.power = Power::Stopped;
-            w.doc.last_error.clone_from(&error);
-            Ok(())
+    let limit_ms = |w: &Workspace| w.doc.life.idle.map_or(0, |i| i.stop_after_s * 1_000);
+    let due: Vec<&Workspace> = all
+        .iter()
+        .filter(|w| {
+            let actual = app.actual_known(&w.id);
+            let limit_ms = limit_ms(w);
+            let since_ms = actual.as_ref().and_then(|a| a.since_ms).unwrap_or(now_ms);
+            w.doc.stage == Stage::Ready
+                && limit_ms > 0
+                && standing::is_up(w, actual.as_ref())
+                && lifecycle::idle_ms(u64::MAX, since_ms, now_ms) >= limit_ms
+                && !app.is_busy(&w.id)
         })
-        .await?;
-    push(app, &stopped).await
+        .collect();
+    for some in due.chunks(ACTIVE_MAX) {
+        let ask = api::host::Op::Idle {
+            workspaces: some.iter().map(|w| w.id.clone()).collect(),
+        };
+        let idle: api::Result<Vec<Idle>> = app.peers.host.call("internal:idle", &ask).await;
+        let idle: HashMap<_, _> = match idle {
+            Ok(idle) => idle.into_iter().map(|i| (i.workspace, i.idle_ms)).collect(),
+            Err(e) => {
+                tracing::debug!(error = %e, detail = e.detail, "host does not say what is idle");
+                return;
+            }
+        };
+        for w in some {
+            let unused = idle.get(&w.id).is_some_and(|ms| {
+                lifecycle::idle_ms(*ms, w.doc.life.pinged_ms, now_ms) >= limit_ms(w)
+            });
+            if unused && let Err(e) = standing::idle_stop(app, w).await {
+                tracing::warn!(workspace = %w.id, code = e.code.as_str(), error = %e, "idle stop");
+            }
+        }
+    }
 }
 
-/// The time-to-live is over.
-async fn expire(app: &Arc<App>, w: &Workspace) -> api::Result<()> {
-    let power = match w.doc.ttl_action {
-        TtlAction::Remove => return removal::workspace_expire(app, w).await.map(drop),
-        TtlAction::Pause if w.doc.power == Power::Running => Power::Paused,
-        TtlAction::Pause => w.doc.power,
-        TtlAction::Stop | TtlAction::Suspend => Power::Stopped,
-    };
-    let op = Op::internal("expire");
-    let act = Act::new("workspace.expire", &w.account, w.id.as_str());
-    app.audit.intent_closing(&op, &act).await;
-    let done = async {
-        let w = app
-            .store
-            .workspace_update(w, app.now_ms(), |w| {
-                crate::app::workspace::ready(w)?;
-                w.doc.power = power;
-                w.doc.ttl_expires_ms = None;
-                Ok(())
-            })
-            .await?;
-        push(app, &w).await
-    };
-    let done = done.await;
-    app.audit.outcome(&op, &act, &done).await;
-    done
+/// When the next look is due: nothing waits longer than to its own time.
+fn pause(all: &[Workspace], now_ms: u64) -> Duration {
+    let due = |w: &Workspace| [w.doc.ttl_expires_ms, w.doc.life.restart_at_ms];
+    let next_ms = all.iter().flat_map(due).flatten();
+    let next_ms = next_ms.filter_map(|t| t.checked_sub(now_ms)).min();
+    let pause = next_ms.map_or(RECONCILE_EVERY, Duration::from_millis);
+    pause.min(RECONCILE_EVERY)
 }
 
 /// Whether the KMS is sealed, asked once a round; one that does not answer counts as sealed.

@@ -196,6 +196,7 @@ async fn i19_each_operation_is_closed_to_others_and_each_act_leaves_entries() {
         );
         let body = match o.id {
             "lifecycle_temporary" => json!({ "ttl": 600 }),
+            "lifecycle_idle" => json!({ "suspend_after": 0 }),
             _ => json!({}),
         };
         if o.kind == Kind::Unsupported {
@@ -531,14 +532,6 @@ async fn wrong_requests_get_the_contracts_codes_and_name_the_field() {
             501,
             "not_supported",
             "outbound_mode",
-        ),
-        (
-            "PUT",
-            &format!("{ws}/lifecycle/idle"),
-            json!({ "suspend_after": 120 }),
-            501,
-            "not_supported",
-            "suspend_after",
         ),
         (
             "POST",

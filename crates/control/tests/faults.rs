@@ -142,47 +142,57 @@ async fn a_crashed_workspace_is_restarted_under_its_policy_and_not_for_ever() {
     let id = w
         .workspace(json!({ "config": { "max_restarts": 2 } }))
         .await;
-    let status = async |id: &str| {
-        let got = w
-            .ok(1, "GET", &format!("/workspace/{id}"), Value::Null)
-            .await;
-        got["workspace"]["status"].as_str().unwrap().to_owned()
-    };
-    let becomes = async |id: &str, wanted: &str| {
-        w.until(wanted, async || (status(id).await == wanted).then_some(()))
-            .await;
-    };
     for n in 2..4 {
         w.doubles.crash(&id, Some(gone.clone()));
+        w.restart_comes_due(&id).await;
         w.until("a restart", async || {
             let s = w.doubles.state();
             (s.starts == n).then_some(())
         })
         .await;
-        becomes(&id, "running").await;
-        w.clock.set_ms(w.clock.now_ms() + 20_000);
+        w.becomes(&id, "running").await;
     }
     let by_policy = w.doubles.state().entries.iter().any(|(_, e)| {
         e.event == "workspace.restart" && e.actor == "internal:restart" && e.authority.is_some()
     });
     assert!(by_policy);
     w.doubles.crash(&id, Some(gone.clone()));
-    becomes(&id, "stopped").await;
+    let info = w
+        .until("given up", async || {
+            let info = w.restart_info(&id).await;
+            (info["state"] == "failed").then_some(info)
+        })
+        .await;
+    assert_eq!(info["restarts"], 2);
+    w.becomes(&id, "stopped").await;
     assert_eq!(w.doubles.state().starts, 3);
+    let path = format!("/workspace/{id}");
+    let shown = w.ok(1, "GET", &path, Value::Null).await;
+    let provisioning = &shown["workspace"]["provisioning"];
+    assert_eq!(provisioning["state"], "failed");
+    let why = provisioning["error"]["message"].as_str().unwrap();
+    assert!(why.contains("2 restarts") && why.contains("gone"), "{why}");
+    // Its owner may start it, and then it counts anew.
+    w.ok(1, "POST", &format!("{path}/start"), Value::Null).await;
+    let info = w.restart_info(&id).await;
+    assert_eq!(
+        (&info["state"], &info["restarts"]),
+        (&json!("ok"), &json!(0))
+    );
 
     // A guest that shut down by itself has not failed.
     let id = w
         .workspace(json!({ "config": { "restart_policy": "on-failure" } }))
         .await;
     w.doubles.crash(&id, None);
-    becomes(&id, "stopped").await;
+    w.becomes(&id, "stopped").await;
     // Without a policy nothing starts it.
     let id = w
         .workspace(json!({ "config": { "restart_policy": "no" } }))
         .await;
     w.doubles.crash(&id, Some(gone));
-    becomes(&id, "stopped").await;
-    assert_eq!(w.doubles.state().starts, 5);
+    w.becomes(&id, "stopped").await;
+    assert_eq!(w.doubles.state().starts, 6);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -194,6 +204,7 @@ async fn waiting_for_a_sealed_kms_uses_up_no_restart() {
     let sealed = Error::new(ErrorCode::KmsSealed, "sealed");
     w.doubles.state().kms_sealed = true;
     w.doubles.crash(&id, Some(sealed.clone()));
+    w.restart_comes_due(&id).await;
     w.until("the KMS to be asked", async || {
         let s = w.doubles.state();
         s.asked.iter().any(|a| a == "kms.status").then_some(())
@@ -204,14 +215,14 @@ async fn waiting_for_a_sealed_kms_uses_up_no_restart() {
     w.doubles.state().starts_fail = Some(sealed);
     for n in 2..5 {
         w.until("a try", async || {
-            w.clock.set_ms(w.clock.now_ms() + 61_000);
+            w.pass_ms(61_000);
             (w.doubles.state().starts >= n).then_some(())
         })
         .await;
     }
     w.doubles.state().starts_fail = None;
     w.until("running", async || {
-        w.clock.set_ms(w.clock.now_ms() + 61_000);
+        w.pass_ms(61_000);
         let got = w
             .ask(1, "GET", &format!("/workspace/{id}"), Value::Null)
             .await;
@@ -228,10 +239,10 @@ async fn time_to_live_ends_in_what_the_owner_asked_for() {
     let pause = w.workspace(with("pause")).await;
     let remove = w.workspace(with("remove")).await;
     let kept = w.workspace(with("remove")).await;
-    w.clock.set_ms(w.clock.now_ms() + 599_000);
+    w.pass_ms(599_000);
     w.ok(1, "POST", &format!("/workspace/{kept}/ping"), Value::Null)
         .await;
-    w.clock.set_ms(w.clock.now_ms() + 2_000);
+    w.pass_ms(2_000);
     let status = async |id: &str| {
         let got = w
             .ask(1, "GET", &format!("/workspace/{id}"), Value::Null)

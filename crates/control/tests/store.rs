@@ -6,7 +6,7 @@ mod common;
 use api::ErrorCode;
 use common::account_id;
 use common::pg::Postgres;
-use control::store::{Doc, Inserted, Stage, Store, Workspace};
+use control::store::{Doc, Inserted, Life, Stage, Store, Workspace};
 use model::{HostId, Mode, Power, Resources, RestartPolicy, TtlAction, WorkspaceId};
 
 struct Stores {
@@ -59,11 +59,12 @@ fn workspace(n: u8) -> Workspace {
             policy: None,
             token_state: "t".into(),
             creating_under: None,
+            outcome_owed: None,
             deletion: None,
             completed_ms: None,
             restarts: 0,
-            restart_not_before_ms: 0,
             last_error: None,
+            life: Life::default(),
             updated_ms: 0,
         },
     }

@@ -112,6 +112,7 @@ impl Gateway {
                 e
             }
         })?;
+        live.answered();
         let head = parts.method == Method::HEAD;
         *answer.headers_mut() = headers::to_client(answer.headers(), true, head);
         let held = Held { lease, _live: live };

@@ -10,6 +10,7 @@
 //! token.
 #![forbid(unsafe_code)]
 
+pub mod activity;
 pub mod answer;
 pub mod body;
 pub mod control;
@@ -88,6 +89,7 @@ pub struct Parts {
 /// A running edge's inside.
 pub struct Edge {
     server: Arc<Server>,
+    host: PathBuf,
     /// Who may pass.
     pub table: Arc<Table>,
     /// Counters.
@@ -119,6 +121,7 @@ impl Edge {
         });
         Self {
             server,
+            host: parts.host,
             table,
             metrics,
         }
@@ -143,6 +146,7 @@ impl Edge {
             guests,
             Arc::clone(&self.metrics),
         ));
+        background.spawn(activity::report(table(), self.host.clone()));
         background.spawn(sweep(Arc::clone(&self.server)));
         server::serve(Arc::clone(&self.server), listeners, tls, stop).await;
         background.shutdown().await;

@@ -102,6 +102,11 @@ pub const TOLD_MAX_BYTES: usize = 4 << 10;
 /// How long one such offer may take.
 pub const PUSH_MAX: Duration = Duration::from_secs(5);
 
+/// How often host is told which workspaces were used.
+pub const ACTIVITY_EVERY: Duration = Duration::from_secs(5);
+/// How long one such report may take.
+pub const ACTIVITY_MAX: Duration = Duration::from_secs(5);
+
 /// Life of the server certificate that the local CA issues.
 pub const SERVER_CERT_TTL: Duration = Duration::from_secs(90 * 86_400);
 /// How often the server certificate's age is looked at.

@@ -91,6 +91,8 @@ pub struct Table {
 struct Inner {
     feeds: HashMap<Source, Feed>,
     entries: HashMap<WorkspaceId, Entry>,
+    /// Workspaces that a request was admitted to since the last report.
+    used: HashSet<WorkspaceId>,
     live_next: u64,
     live_count: usize,
     cut_count: u64,
@@ -129,6 +131,8 @@ struct LiveEntry {
     start: StartId,
     cut: CancellationToken,
     connection: Option<CancellationToken>,
+    /// The guest's answer has begun.
+    answered: bool,
 }
 
 impl Default for Entry {
@@ -160,6 +164,15 @@ impl Live {
     #[must_use]
     pub fn cut(&self) -> CancellationToken {
         self.cut.clone()
+    }
+
+    /// Its answer has begun: from now on it outlasts a pause.
+    pub fn answered(&self) {
+        let mut inner = self.table.lock();
+        let entry = inner.entries.get_mut(&self.workspace);
+        if let Some(live) = entry.and_then(|e| e.live.get_mut(&self.number)) {
+            live.answered = true;
+        }
     }
 
     /// The guest's connection that ends with it.
@@ -253,7 +266,9 @@ impl Table {
             start: route.start.clone(),
             cut: cut.clone(),
             connection: None,
+            answered: false,
         };
+        inner.used.insert(workspace.clone());
         inner.live_count += 1;
         if let Some(entry) = inner.entries.get_mut(workspace) {
             entry.live.insert(number, live);
@@ -397,6 +412,34 @@ impl Table {
         (inner.live_count, inner.cut_count)
     }
 
+    /// Workspaces with requests that pass now are used, too.
+    pub fn used_note_live(&self) {
+        let mut inner = self.lock();
+        let Inner { entries, used, .. } = &mut *inner;
+        let live = entries.iter().filter(|(_, e)| !e.live.is_empty());
+        used.extend(live.map(|(id, _)| id.clone()));
+    }
+
+    /// At most `most` workspaces that were used since they were taken last.
+    #[must_use]
+    pub fn used_take(&self, most: usize) -> Vec<WorkspaceId> {
+        let mut inner = self.lock();
+        let mut all = std::mem::take(&mut inner.used).into_iter();
+        let taken = all.by_ref().take(most).collect();
+        inner.used = all.collect();
+        taken
+    }
+
+    /// Nobody was told of these: they are taken again.
+    pub fn used_return(&self, workspaces: Vec<WorkspaceId>) {
+        let mut inner = self.lock();
+        let known = workspaces
+            .into_iter()
+            .filter(|w| inner.entries.contains_key(w));
+        let known: Vec<_> = known.collect();
+        inner.used.extend(known);
+    }
+
     /// Whether connections to this start of a workspace may be used.
     #[must_use]
     pub fn is_current(&self, workspace: &WorkspaceId, start: &StartId) -> bool {
@@ -475,6 +518,7 @@ impl Inner {
             .filter(|(_, l)| {
                 state.is_some_and(|s| token_allows(s, l.account.as_str(), l.epoch).is_ok())
                     && entry.is_open_for(&l.start)
+                    && (l.answered || !entry.is_paused())
             })
             .map(|(n, _)| *n)
             .collect();
@@ -528,6 +572,12 @@ impl Entry {
         })
     }
 
+    /// Its CPUs stand still: what was asked of it is not answered before it is resumed.
+    fn is_paused(&self) -> bool {
+        let state = self.actual.as_ref().map(|a| a.state);
+        state == Some(ActualState::Paused)
+    }
+
     /// The firewall's layer: open, and this very start.
     fn is_open_for(&self, start: &StartId) -> bool {
         self.actual
@@ -547,6 +597,12 @@ impl Entry {
                 "this workspace is dark: nothing reaches it until its owner turns public_access on",
             ));
         };
+        if self.is_paused() {
+            return Err(Error::new(
+                ErrorCode::VmNotRunning,
+                "the workspace is paused; resume it first",
+            ));
+        }
         let (ActualState::Running, Some(start), Some(ip)) =
             (actual.state, &actual.start_id, &actual.ip)
         else {

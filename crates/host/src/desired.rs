@@ -123,6 +123,8 @@ pub(crate) mod tests {
             resources: Resources::default(),
             disk_bytes_per_s: 1 << 30,
             disk_ops_per_s: 1_000,
+            net_rates: api::warden::NetRates::default(),
+            pids: 0,
             config: "{}".into(),
             public_access: false,
             ingress_ports: vec![],

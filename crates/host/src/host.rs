@@ -8,7 +8,7 @@ use crate::limits::{
     WORKSPACES_MAX,
 };
 use crate::workspace::{Found, Gone, Handle, Place, Shared, Workspace, blocking};
-use api::host::{Actual, ActualState, Desired, Info, Op};
+use api::host::{ACTIVE_MAX, Actual, ActualState, Desired, Idle, Info, Op};
 use api::vmctl::VmState;
 use api::warden::{Slot, SlotState, Start};
 use api::{Error, ErrorCode};
@@ -146,7 +146,15 @@ impl Host {
                 let wait = Duration::from_millis(wait_ms.min(CHANGES_WAIT_MAX_MS));
                 ok(&self.shared.feed.changes(since, wait).await)
             }
-            (_, "edge") | (Op::Apply { .. }, _) => Err(Error::new(
+            (Op::Active { workspaces }, "edge" | "control") => {
+                for id in workspaces.iter().take(ACTIVE_MAX) {
+                    if self.with(id, |_| ()).is_some() {
+                        self.shared.activity.note(id);
+                    }
+                }
+                ok(&true)
+            }
+            (_, "edge") | (Op::Apply { .. } | Op::Active { .. }, _) => Err(Error::new(
                 ErrorCode::Forbidden,
                 "this process may not ask that of host",
             )),
@@ -154,6 +162,15 @@ impl Host {
             (Op::List, _) => ok(&self.shared.feed.list()),
             (Op::Counters { workspace }, _) => ok(&self.counters(&workspace).await?),
             (Op::Info, _) => ok(&self.info().await?),
+            (Op::Idle { mut workspaces }, _) => {
+                workspaces.truncate(ACTIVE_MAX);
+                workspaces.retain(|id| self.with(id, |_| ()).is_some());
+                let idle = workspaces.into_iter().map(|workspace| Idle {
+                    idle_ms: self.shared.activity.idle_ms(&workspace),
+                    workspace,
+                });
+                ok(&idle.collect::<Vec<_>>())
+            }
         }
     }
 
@@ -165,8 +182,8 @@ impl Host {
             .map_err(|e| Error::new(ErrorCode::ValidationError, e))?;
         {
             let _one = self.applying.lock().await;
-            let last = self.with(&id, |e| e.handle.desired.borrow().generation);
-            if last.is_some_and(|last| generation < last) {
+            let last = self.with(&id, |e| Arc::clone(&e.handle.desired.borrow()));
+            if last.as_ref().is_some_and(|last| generation < last.generation) {
                 return Err(Error::new(
                     ErrorCode::Conflict,
                     "a newer state of this workspace is known already",
@@ -180,20 +197,34 @@ impl Host {
             }
             // A change that comes in the middle of a start does not take its lease away.
             let starting = |p| matches!(p, Power::Running | Power::Paused);
-            if desired.lease.is_none() && starting(desired.power) {
-                let last = self.with(&id, |e| Arc::clone(&e.handle.desired.borrow()));
-                if let Some(last) = last.filter(|l| starting(l.power)) {
-                    desired.lease.clone_from(&last.lease);
-                    desired.start.clone_from(&last.start);
-                }
+            let starts_on = last.as_ref().filter(|l| starting(l.power));
+            if let Some(last) = starts_on
+                && desired.lease.is_none()
+                && starting(desired.power)
+            {
+                desired.lease.clone_from(&last.lease);
+                desired.start.clone_from(&last.start);
             }
+            // A wish of the same generation says nothing new but what a start waits for, and which
+            // a host that restarts is told again: the start does not wait for the disk then.
+            let known = starts_on
+                .is_some_and(|l| l.generation == generation && l.power == desired.power);
             let (store, d) = (self.shared.store.clone(), desired.clone());
-            blocking(move || store.put(&d)).await?;
+            let put = blocking(move || store.put(&d));
+            let put = if known {
+                Some(put)
+            } else {
+                put.await?;
+                None
+            };
             let fresh = Arc::new(desired.clone());
             // A task that ended (its workspace was deleted) hears nothing: it gets a new one.
             let heard = self.with(&id, |e| e.handle.desired.send(fresh).is_ok());
             if heard != Some(true) {
                 self.start_task(desired, Found::New);
+            }
+            if let Some(put) = put {
+                put.await?;
             }
         }
         let wait = Duration::from_millis(wait_ms.min(APPLY_WAIT_MAX_MS));
@@ -396,8 +427,12 @@ impl Host {
     }
 
     fn forget_deleted(&self) {
-        self.lock().retain(|_, e| {
-            !(e.task.is_finished() && e.handle.desired.borrow().power == Power::Deleted)
+        self.lock().retain(|id, e| {
+            let gone = e.task.is_finished() && e.handle.desired.borrow().power == Power::Deleted;
+            if gone {
+                self.shared.activity.forget(id);
+            }
+            !gone
         });
     }
 

@@ -10,6 +10,7 @@
 //! guest's memory: it names ids, and carries ciphertext that it can't open.
 #![forbid(unsafe_code)]
 
+pub mod activity;
 pub mod desired;
 pub mod feed;
 pub mod fleet;
@@ -69,6 +70,7 @@ pub async fn run(
         feed: Feed::new(clock.now_ms()),
         store: Store::open(&paths.state(NAME).join("desired"))?,
         clock,
+        activity: activity::Activity::new(),
     });
     let pool = PoolWish {
         image: config.host.pool_image.clone(),

@@ -1,16 +1,18 @@
 //! What to do next for one workspace: a pure function of what is wanted and what is so.
 //!
 //! ```text
-//!            claim          disk_open         key_release        disk_grant       net_set        attach
-//!  Absent ──────────▶ Claimed ────────▶ Attested ─────────▶ Keyed ─────────▶ DiskIn ───────▶ Fenced ──────▶ Running
-//!    ▲                   │                  │                 │                │               │           │  ▲  │
-//!    │                   └──────────────────┴────────┬────────┴────────────────┴───────────────┘      pause│  │  │ shutdown,
-//!    │  close                                        │ any failure, a stop, a restart of host              ▼  │  │ VM gone
-//!    └─────────────────────────────────────────── Down ◀──────────────────────────────────────────────  Paused  ◀┘
+//!            claim          disk_open         net_set, key_release     disk_grant         attach
+//!  Absent ──────────▶ Claimed ────────▶ Attested ──────────────────▶ Keyed ──────────▶ DiskIn ──────▶ Running
+//!    ▲                   │                  │                          │                 │          │  ▲  │
+//!    │                   └──────────────────┴────────┬─────────────────┴─────────────────┘     pause│  │  │ shutdown,
+//!    │  close                                        │ any failure, a stop, a restart of host       ▼  │  │ VM gone
+//!    └─────────────────────────────────────────── Down ◀───────────────────────────────────────  Paused  ◀┘
 //! ```
 //!
 //! - A start needs a lease that was not used yet; without one the workspace rests where it is,
 //!   and control, which sees it, asks for a lease under the owner's request or standing policy.
+//! - A wish without a token state is of a workspace whose key and tokens are being made: its start
+//!   goes on to an attested disk, beside that, and waits there.
 //! - A VM whose start failed at any step is closed and never used again: it may hold an identity.
 //! - Rules are set before the guest runs, and before anything else whenever they changed.
 //! - A stop asks the guest (`shutdown`); a delete does not: its key is gone anyway.
@@ -36,8 +38,6 @@ pub enum Vm {
     Keyed,
     /// The VMM has the disk.
     DiskIn,
-    /// The rules are set.
-    Fenced,
     /// The agent is up.
     Running,
     /// Memory kept, no CPU.
@@ -55,6 +55,8 @@ pub struct Facts {
     pub net_current: bool,
     /// There is a lease that was not used.
     pub lease_usable: bool,
+    /// The workspace has its key and its tokens.
+    pub provisioned: bool,
     /// The disk file is gone.
     pub erased: bool,
     /// The VM refused to pause or resume for this generation.
@@ -109,11 +111,13 @@ pub fn next(power: Power, facts: &Facts) -> Step {
         (Power::Running, Vm::Absent) if facts.lease_usable => Step::Claim,
         (Power::Running | Power::Paused, Vm::Absent) => Step::Rest,
         (_, Vm::Claimed) => Step::DiskOpen,
+        (_, Vm::Attested | Vm::DiskIn | Vm::Running | Vm::Paused) if !facts.net_current => {
+            Step::NetSet
+        }
+        (_, Vm::Attested) if !facts.provisioned => Step::Rest,
         (_, Vm::Attested) => Step::KeyRelease,
         (_, Vm::Keyed) => Step::DiskGrant,
-        (_, Vm::DiskIn) => Step::NetSet,
-        (_, Vm::Fenced | Vm::Running | Vm::Paused) if !facts.net_current => Step::NetSet,
-        (_, Vm::Fenced) => Step::Attach,
+        (_, Vm::DiskIn) => Step::Attach,
 
         (Power::Running, Vm::Paused) if !facts.refused => Step::Resume,
         (Power::Paused, Vm::Running) if !facts.refused => Step::Pause,
@@ -127,13 +131,12 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const VMS: [Vm; 9] = [
+    const VMS: [Vm; 8] = [
         Vm::Absent,
         Vm::Claimed,
         Vm::Attested,
         Vm::Keyed,
         Vm::DiskIn,
-        Vm::Fenced,
         Vm::Running,
         Vm::Paused,
         Vm::Down,
@@ -152,12 +155,7 @@ mod tests {
             Step::DiskOpen => f.vm = Vm::Attested,
             Step::KeyRelease => (f.vm, f.lease_usable) = (Vm::Keyed, false),
             Step::DiskGrant => f.vm = Vm::DiskIn,
-            Step::NetSet => {
-                f.net_current = true;
-                if f.vm == Vm::DiskIn {
-                    f.vm = Vm::Fenced;
-                }
-            }
+            Step::NetSet => f.net_current = true,
             Step::Attach | Step::Resume => f.vm = Vm::Running,
             Step::Pause => f.vm = Vm::Paused,
             Step::Shutdown => f.vm = Vm::Down,
@@ -182,10 +180,11 @@ mod tests {
 
     fn facts() -> impl Strategy<Value = Facts> {
         let b = any::<bool>;
-        (0..VMS.len(), b(), b(), b(), b()).prop_map(|(vm, n, l, e, r)| Facts {
+        (0..VMS.len(), b(), b(), b(), b(), b()).prop_map(|(vm, n, l, p, e, r)| Facts {
             vm: VMS[vm],
             net_current: n,
             lease_usable: l,
+            provisioned: p,
             erased: e,
             refused: r,
         })
@@ -212,22 +211,20 @@ mod tests {
             vm: Vm::Absent,
             net_current: true,
             lease_usable: true,
+            provisioned: false,
             erased: false,
             refused: false,
         };
         let (end, taken) = settle(Power::Running, fresh);
+        assert_eq!(end.vm, Vm::Attested, "no key is asked for before it is made");
+        assert_eq!(taken, [Step::Claim, Step::DiskOpen, Step::NetSet]);
+        let provisioned = Facts {
+            provisioned: true,
+            ..end
+        };
+        let (end, taken) = settle(Power::Running, provisioned);
         assert_eq!(end.vm, Vm::Running);
-        assert_eq!(
-            taken,
-            [
-                Step::Claim,
-                Step::DiskOpen,
-                Step::KeyRelease,
-                Step::DiskGrant,
-                Step::NetSet,
-                Step::Attach
-            ]
-        );
+        assert_eq!(taken, [Step::KeyRelease, Step::DiskGrant, Step::Attach]);
     }
 
     proptest! {
@@ -238,6 +235,7 @@ mod tests {
             match power {
                 Power::Deleted => prop_assert!(end.vm == Vm::Absent && end.erased),
                 Power::Stopped => prop_assert_eq!(end.vm, Vm::Absent),
+                _ if end.vm == Vm::Attested => prop_assert!(!f.provisioned),
                 Power::Running => prop_assert!(
                     matches!(end.vm, Vm::Running | Vm::Absent) || (end.vm == Vm::Paused && f.refused)),
                 Power::Paused => prop_assert!(
@@ -249,8 +247,10 @@ mod tests {
             }
             let at = |s| taken.iter().position(|t| *t == s);
             if let Some(attach) = at(Step::Attach) {
-                prop_assert!(f.vm == Vm::Fenced && f.net_current || at(Step::NetSet).unwrap() < attach);
+                prop_assert!(f.net_current && !taken.contains(&Step::Claim) || at(Step::NetSet).unwrap() < attach);
             }
+            // And no key is asked for that is not made.
+            prop_assert!(f.provisioned || !taken.contains(&Step::KeyRelease));
         }
 
         #[test]

@@ -86,6 +86,7 @@ impl Peers {
             disk_mb: desired.resources.disk_size_mb,
             bytes_per_s: desired.disk_bytes_per_s,
             ops_per_s: desired.disk_ops_per_s,
+            pids: desired.pids,
         };
         self.warden
             .call_within(lease.start_id.as_str(), &op, GRANT_CALL_MAX)
@@ -116,8 +117,12 @@ impl Peers {
             .await
     }
 
-    pub(crate) async fn net_set(&self, slot: u16, open: Vec<warden::Open>) -> api::Result<bool> {
-        let op = warden::Op::NetSet { slot, open };
+    pub(crate) async fn net_set(
+        &self,
+        slot: u16,
+        (open, rates): (Vec<warden::Open>, warden::NetRates),
+    ) -> api::Result<bool> {
+        let op = warden::Op::NetSet { slot, open, rates };
         self.warden.call("internal:host", &op).await
     }
 

@@ -208,6 +208,7 @@ impl Workspace {
             vm: self.vm,
             net_current: self.net.as_ref() == Some(&rules(desired)),
             lease_usable: self.lease(desired).is_some(),
+            provisioned: !desired.token_state.is_empty(),
             erased: self.erased,
             refused: self.refused == Some(desired.generation),
         }
@@ -281,9 +282,6 @@ impl Workspace {
                 let rules = rules(desired);
                 peers.net_set(self.slot()?, rules.clone()).await?;
                 self.net = Some(rules);
-                if self.vm == Vm::DiskIn {
-                    self.vm = Vm::Fenced;
-                }
             }
             Step::Attach => self.attach(desired).await?,
             Step::Pause => {
@@ -403,6 +401,7 @@ impl Workspace {
             (Step::Shutdown | Step::Close | Step::Erase, _) => ActualState::Stopping,
             (Step::Rest, Vm::Running) => ActualState::Running,
             (Step::Rest, Vm::Paused) => ActualState::Paused,
+            (Step::Rest, Vm::Attested) => ActualState::Starting,
             (Step::Rest, _) => match desired.power {
                 Power::Deleted => ActualState::Deleted,
                 Power::Stopped => {

@@ -14,9 +14,9 @@ use model::{Power, WorkspaceId};
 /// Everything a start asks, in order, from a pooled VM on.
 const START: [&str; 5] = [
     "warden.disk_open",
+    "warden.net_set",
     "kms.release",
     "warden.disk_grant",
-    "warden.net_set",
     "vmctl.attach",
 ];
 
@@ -344,6 +344,45 @@ async fn a_change_in_the_middle_of_a_start_does_not_take_its_lease() {
     let _ = w.client.call::<_, serde_json::Value>("t", &begin).await;
     let up = w.apply(change).await.unwrap();
     assert_eq!((up.state, up.public_access), (Running, true));
+}
+
+/// While key and tokens are being made, a start goes as far as an attested disk, and no further.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_start_waits_for_its_key_with_an_attested_disk() {
+    let mut w = World::new(0).await;
+    let begin = async |w: &World, mut wish: api::host::Desired| {
+        wish.token_state.clear();
+        let ask = Op::Apply {
+            desired: Box::new(wish),
+            wait_ms: 0,
+        };
+        let _ = w.client.call::<_, serde_json::Value>("t", &ask).await;
+    };
+    let attested = async |w: &World, n| {
+        until("an attested disk behind its rules", async || {
+            let slot = *w.slots_of(n).first()?;
+            let s = w.doubles.state();
+            let x = &s.slots[&slot];
+            (x.at.state == SlotState::DiskWaits && x.open.is_some()).then_some(())
+        })
+        .await;
+    };
+    let wish = w.wish(1, Power::Running);
+    begin(&w, wish.clone()).await;
+    attested(&w, 1).await;
+    assert!(w.doubles.state().nonces.is_empty(), "no key is asked for");
+    let up = w.apply(wish).await.unwrap();
+    assert_eq!(up.state, Running);
+    let opened = |a: &&String| *a == "warden.disk_open";
+    assert_eq!(w.doubles.state().asked.iter().filter(opened).count(), 1);
+
+    // One that is taken back leaves nothing.
+    let wish = w.wish(2, Power::Running);
+    begin(&w, wish).await;
+    attested(&w, 2).await;
+    assert_eq!(w.bring(2, Power::Deleted).await.state, Deleted);
+    assert!(w.slots_of(2).is_empty());
+    assert_eq!(w.doubles.state().disks.len(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -5,8 +5,9 @@
 #![forbid(unsafe_code)]
 
 pub mod id;
+pub mod lifecycle;
 pub mod limits;
 pub mod spec;
 
 pub use id::{AccountId, HostId, IdError, KeyId, RequestId, StartId, WorkspaceId};
-pub use spec::{Mode, Power, Purpose, Resources, RestartPolicy, TtlAction};
+pub use spec::{Idle, Mode, Power, Purpose, Resources, RestartPolicy, TtlAction};

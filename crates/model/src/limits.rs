@@ -22,6 +22,22 @@ pub const PORT_AGENT_TLS: u16 = 9991;
 /// The guest agent's raw-token port, for private links.
 pub const PORT_AGENT_RAW: u16 = 9990;
 
+/// Network bandwidth of a workspace, each way, bytes/s.
+pub const NET_BYTES_PER_S: std::ops::RangeInclusive<u64> = 64 << 10..=1 << 37;
+/// Network packets/s of a workspace, each way.
+pub const NET_PACKETS_PER_S: std::ops::RangeInclusive<u64> = 100..=100_000_000;
+/// Processes and threads that the VMM of a workspace may have on the machine.
+pub const PIDS: std::ops::RangeInclusive<u32> = 128..=65_536;
+
+/// Time-to-live, seconds: up to 366 days.
+pub const TTL_S: std::ops::RangeInclusive<u64> = 1..=366 * 86_400;
+/// Restarts in a row that an owner may allow.
+pub const MAX_RESTARTS: std::ops::RangeInclusive<u32> = 0..=1_000;
+/// Shortest `suspend_after` that is not 0, seconds.
+pub const SUSPEND_AFTER_MIN_S: u64 = 120;
+/// Shortest `stop_after` that is not 0, seconds.
+pub const STOP_AFTER_MIN_S: u64 = 3_600;
+
 /// Slots (VMs at once, pooled ones included) of one host.
 pub const SLOTS_MAX: u16 = 4_096;
 

@@ -53,11 +53,39 @@ pub enum RestartPolicy {
     No,
     /// Whatever the reason.
     #[default]
-    #[serde(rename = "always", alias = "unless-stopped")]
+    #[serde(rename = "always")]
     Always,
     /// After a failure only.
     #[serde(rename = "on-failure")]
     OnFailure,
+    /// As `always`: what its owner stopped is never started by itself, under either name.
+    #[serde(rename = "unless-stopped")]
+    UnlessStopped,
+}
+
+impl RestartPolicy {
+    /// The values, for messages.
+    pub const VALUES: &str = "no, never, always, on-failure, unless-stopped";
+
+    /// The word of the contract.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::No => "no",
+            Self::Always => "always",
+            Self::OnFailure => "on-failure",
+            Self::UnlessStopped => "unless-stopped",
+        }
+    }
+}
+
+/// What happens to a workspace that nobody uses; at least one of the two is not 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Idle {
+    /// Its memory goes to disk after this, seconds; 0 is never.
+    pub suspend_after_s: u64,
+    /// It is stopped after this, seconds; 0 is never.
+    pub stop_after_s: u64,
 }
 
 /// What happens when a time-to-live ends.

@@ -2,6 +2,7 @@
 
 use crate::limits::{CONFIG_MAX_BYTES, DISK_BYTES_PER_S, DISK_OPS_PER_S};
 use anyhow::{Context as _, bail};
+use model::limits::{NET_BYTES_PER_S, NET_PACKETS_PER_S, PIDS};
 use serde::{Deserialize, Serialize};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
@@ -94,6 +95,12 @@ pub struct Limits {
     pub disk_bytes_per_s: u64,
     /// Disk operations/s.
     pub disk_ops_per_s: u64,
+    /// Network bandwidth each way, bytes/s.
+    pub network_bytes_per_s: u64,
+    /// Network packets/s each way.
+    pub network_packets_per_s: u64,
+    /// Processes and threads that a VMM may have.
+    pub pids: u32,
     /// Workspaces of one account.
     pub workspaces_per_account: u32,
 }
@@ -157,6 +164,9 @@ impl Default for Limits {
         Self {
             disk_bytes_per_s: 400 << 20,
             disk_ops_per_s: 5_000,
+            network_bytes_per_s: 125_000_000,
+            network_packets_per_s: 100_000,
+            pids: 256,
             workspaces_per_account: 50,
         }
     }
@@ -219,6 +229,15 @@ impl Config {
         if !DISK_OPS_PER_S.contains(&config.limits.disk_ops_per_s) {
             bail!("limits.disk_ops_per_s must be between 10 and 100000000");
         }
+        if !NET_BYTES_PER_S.contains(&config.limits.network_bytes_per_s) {
+            bail!("limits.network_bytes_per_s must be between 64 KiB/s and 128 GiB/s");
+        }
+        if !NET_PACKETS_PER_S.contains(&config.limits.network_packets_per_s) {
+            bail!("limits.network_packets_per_s must be between 100 and 100000000");
+        }
+        if !PIDS.contains(&config.limits.pids) {
+            bail!("limits.pids must be between 128 and 65536");
+        }
         let db = &config.control.database;
         if db != "sqlite" && !db.starts_with("postgres://") {
             bail!("control.database must be `sqlite` or a postgres:// URL");
@@ -260,6 +279,15 @@ mod tests {
                 "limits.disk_ops_per_s",
             ),
             ("[limits]\ndisk_bytes_per_s = 1", "limits.disk_bytes_per_s"),
+            (
+                "[limits]\nnetwork_bytes_per_s = 1",
+                "limits.network_bytes_per_s",
+            ),
+            (
+                "[limits]\nnetwork_packets_per_s = 1",
+                "limits.network_packets_per_s",
+            ),
+            ("[limits]\npids = 1", "limits.pids"),
             ("[control]\ndatabase = \"mysql://\"", "control.database"),
             ("[installation]\nname = \"a b\"", "installation.name"),
         ] {

@@ -144,6 +144,7 @@ impl Warden {
                 disk_mb,
                 bytes_per_s,
                 ops_per_s,
+                ..
             } => {
                 let ask = attach::DiskAsk {
                     workspace,
@@ -159,7 +160,7 @@ impl Warden {
             Op::DiskGrant { slot, sealed, aad } => {
                 self.disk_grant(slot, sealed, aad).map(Into::into)
             }
-            Op::NetSet { slot, open } => self.net_set(slot, open).map(Into::into),
+            Op::NetSet { slot, open, .. } => self.net_set(slot, open).map(Into::into),
             Op::SlotClose { slot } => self.slot_close(slot).map(Into::into),
             Op::DiskErase { workspace } => self.disk_erase(&workspace).map(Into::into),
             Op::Counters { slot } => json(serde_json::to_value(self.counters(slot)?)),

@@ -38,6 +38,7 @@ fn victim() {
     w.answer(Op::NetSet {
         slot: 1,
         open: vec![edge(9991)],
+        rates: api::warden::NetRates::default(),
     })
     .unwrap();
     w.answer(disk_open(1)).unwrap();

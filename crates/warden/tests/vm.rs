@@ -57,6 +57,7 @@ fn a_workspace_from_template_to_teardown() {
             w.answer(Op::NetSet {
                 slot,
                 open: vec![edge(9991)],
+                rates: api::warden::NetRates::default(),
             })
             .unwrap();
             assert!(dial(EDGE_UID, to(9991)), "{how:?}");
@@ -68,7 +69,12 @@ fn a_workspace_from_template_to_teardown() {
             assert!(dial(EDGE_UID, to(9991)), "{how:?}");
             assert!(!dial(EDGE_UID, to(9990)));
             assert!(!dial(0, to(9991)), "root is not the edge");
-            w.answer(Op::NetSet { slot, open: vec![] }).unwrap();
+            w.answer(Op::NetSet {
+                slot,
+                open: vec![],
+                rates: api::warden::NetRates::default(),
+            })
+            .unwrap();
             assert!(!dial(EDGE_UID, to(9991)));
             ask::<vmctl::Status>(&world, slot, &vmctl::Op::Pause);
             ask::<vmctl::Status>(&world, slot, &vmctl::Op::Resume);

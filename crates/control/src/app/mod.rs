@@ -4,6 +4,7 @@
 //! Must never act for a client without mint's assertion, nor hold a key: receipts, signed
 //! statements and ids pass through.
 
+pub mod creation;
 pub mod image;
 pub mod lifecycle;
 pub mod network;
@@ -11,11 +12,12 @@ pub mod power;
 pub mod removal;
 pub mod resources;
 pub mod runtime_access;
+pub mod standing;
 pub mod stats;
 pub mod workspace;
 
 use crate::audit::Audit;
-use crate::limits::{HOST_CALL_GRACE, INFO_CACHE, LEASE_MS};
+use crate::limits::{HOST_CALL_GRACE, INFO_CACHE, INFO_RECENT, LEASE_MS};
 use crate::metrics::Metrics;
 use crate::op::Op;
 use crate::store::{Store, Workspace};
@@ -206,6 +208,25 @@ impl App {
         let cached = Some((Instant::now(), info.clone()));
         *self.info.lock().unwrap_or_else(PoisonError::into_inner) = cached;
         Ok(info)
+    }
+
+    /// What the machine could run a short while ago; asks anew beside it when that is not so short.
+    #[must_use]
+    pub fn host_info_recent(self: &Arc<Self>) -> Option<Info> {
+        let (at, info) = self
+            .info
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()?;
+        if at.elapsed() > INFO_CACHE {
+            let app = Arc::clone(self);
+            tokio::spawn(async move {
+                if let Err(e) = app.host_info(&Op::internal("info")).await {
+                    tracing::debug!(error = %e, detail = e.detail, "host's images stay as known");
+                }
+            });
+        }
+        (at.elapsed() < INFO_RECENT).then_some(info)
     }
 
     /// Tells host what is wanted of a workspace, and waits up to `wait_ms` for it to be so.

@@ -5,7 +5,7 @@ use super::{App, start_error};
 use crate::audit::Act;
 use crate::limits::{READY_WAIT_MS, STOP_WAIT_MS};
 use crate::op::Op;
-use crate::store::Workspace;
+use crate::store::{Doc, Workspace};
 use api::audit::Lease;
 use api::host::{Actual, ActualState};
 use api::{Error, ErrorCode};
@@ -50,7 +50,8 @@ pub async fn workspace_stop(app: &Arc<App>, op: &Op, name: &str) -> api::Result<
     let _busy = app.busy(&w.id);
     let act = Act::new("workspace.stop", &w.account, w.id.as_str());
     app.audit.intent_closing(op, &act).await;
-    let stopped = stop(app, op, &w).await;
+    let stop = |w: &mut Workspace| exit(w);
+    let stopped = stop_with(app, op, &w, stop).await;
     app.audit.outcome(op, &act, &stopped).await;
     stopped
 }
@@ -66,7 +67,14 @@ pub async fn workspace_restart(app: &Arc<App>, op: &Op, name: &str) -> api::Resu
     let lease = app.lease_new(&w.id, &w.doc.host, &w.doc.config);
     let receipt = app.audit.intent_with_lease(op, &act, &lease).await?;
     let restarted = async {
-        let (w, _) = stop(app, op, &w).await?;
+        let now_ms = app.now_ms();
+        // If control is killed in between, the start is owed.
+        let stop = |w: &mut Workspace| {
+            w.doc.power = Power::Stopped;
+            w.doc.life.settle();
+            w.doc.life.restart_at_ms = Some(now_ms);
+        };
+        let (w, _) = stop_with(app, op, &w, stop).await?;
         start_with(app, op, &w, &lease, &receipt, READY_WAIT_MS).await
     };
     let restarted = restarted.await;
@@ -134,7 +142,18 @@ async fn hold(app: &Arc<App>, op: &Op, name: &str, power: Power) -> api::Result<
         app.audit.intent(op, &act).await?;
     }
     let done = async {
-        let w = power_set(app, &w, power).await?;
+        let now_ms = app.now_ms();
+        let w = app
+            .store
+            .workspace_update(&w, now_ms, |w| {
+                ready(w)?;
+                w.doc.power = power;
+                if power == Power::Running {
+                    ttl_renew(&mut w.doc, now_ms);
+                }
+                Ok(())
+            })
+            .await?;
         let actual = app.host_apply(op, &w, None, STOP_WAIT_MS).await?;
         if actual.state == to {
             return Ok((w, Some(actual)));
@@ -159,14 +178,18 @@ async fn start_with(
     receipt: &Value,
     wait_ms: u64,
 ) -> api::Result<Seen> {
+    let now_ms = app.now_ms();
     let w = app
         .store
-        .workspace_update(w, app.now_ms(), |w| {
+        .workspace_update(w, now_ms, |w| {
             ready(w)?;
+            same_config(w, lease)?;
             w.doc.power = Power::Running;
             w.doc.restarts = 0;
-            w.doc.restart_not_before_ms = 0;
             w.doc.last_error = None;
+            w.doc.life.settle();
+            w.doc.life.resources_running = None;
+            ttl_renew(&mut w.doc, now_ms);
             // A change of itself, so that host sees a newer generation.
             w.doc.updated_ms += 1;
             Ok(())
@@ -182,9 +205,21 @@ async fn start_with(
     Ok((w, Some(actual)))
 }
 
-/// Stops and waits for host's word.
-pub(super) async fn stop(app: &App, op: &Op, w: &Workspace) -> api::Result<Seen> {
-    let w = power_set(app, w, Power::Stopped).await?;
+/// Stops, as `change` notes it in the row, and waits for host's word.
+async fn stop_with(
+    app: &App,
+    op: &Op,
+    w: &Workspace,
+    change: impl Fn(&mut Workspace),
+) -> api::Result<Seen> {
+    let w = app
+        .store
+        .workspace_update(w, app.now_ms(), |w| {
+            ready(w)?;
+            change(w);
+            Ok(())
+        })
+        .await?;
     let actual = app.host_apply(op, &w, None, STOP_WAIT_MS).await?;
     match actual.state {
         ActualState::Stopped => Ok((w, Some(actual))),
@@ -195,12 +230,33 @@ pub(super) async fn stop(app: &App, op: &Op, w: &Workspace) -> api::Result<Seen>
     }
 }
 
-pub(super) async fn power_set(app: &App, w: &Workspace, power: Power) -> api::Result<Workspace> {
-    app.store
-        .workspace_update(w, app.now_ms(), |w| {
-            ready(w)?;
-            w.doc.power = power;
-            Ok(())
-        })
-        .await
+/// Notes that a workspace is stopped for good: nothing is owed to it but, if its owner asked for
+/// that, its removal.
+pub(super) fn exit(w: &mut Workspace) {
+    if w.doc.power == Power::Stopped && w.doc.life.restart_at_ms.is_none() {
+        return; // It was stopped before.
+    }
+    w.doc.power = Power::Stopped;
+    w.doc.life.settle();
+    w.doc.life.remove_due = w.doc.remove_on_exit;
+}
+
+/// A time-to-live that has ended counts anew once the workspace runs again.
+fn ttl_renew(doc: &mut Doc, now_ms: u64) {
+    if doc.ttl_expires_ms.is_none() {
+        doc.ttl_expires_ms = doc.ttl_s.map(|s| now_ms.saturating_add(s * 1_000));
+    }
+}
+
+/// Refuses a start under a lease that names another config than the row holds by now: the guest
+/// would refuse it.
+fn same_config(w: &Workspace, lease: &Lease) -> api::Result<()> {
+    let digest = hex::encode(seal::hash::sha256(w.doc.config.as_bytes()));
+    if digest == lease.config_digest {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorCode::Conflict,
+        "its config was changed by another request; ask again",
+    ))
 }

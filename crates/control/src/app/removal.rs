@@ -57,10 +57,11 @@ pub async fn workspace_delete(app: &Arc<App>, op: &Op, name: &str) -> api::Resul
     result
 }
 
-/// Deletes a workspace at the end of its time or of its run, under the owner's standing policy.
+/// Deletes a workspace at the end of its time or of its run, under the owner's standing policy,
+/// if it is as it was seen.
 ///
 /// # Errors
-/// What keeps it from being done now.
+/// [`ErrorCode::Conflict`] if it changed since, or what keeps it from being done now.
 pub async fn workspace_expire(app: &Arc<App>, w: &Workspace) -> api::Result<Removed> {
     let op = Op::internal("expire");
     let _busy = app.busy_quietly(&w.id);
@@ -68,6 +69,11 @@ pub async fn workspace_expire(app: &Arc<App>, w: &Workspace) -> api::Result<Remo
     let mut act = Act::new("workspace.delete", &w.account, w.id.as_str());
     act.policy = policy.as_deref();
     app.audit.intent_closing(&op, &act).await;
+    let now = app.store.workspace_get(&w.account, w.id.as_str()).await?;
+    if let Err(e) = super::standing::unmoved(&now, w) {
+        app.audit.outcome::<()>(&op, &act, &Err(e.clone())).await;
+        return Err(e);
+    }
     let w = begin(app, &op, w, policy.clone().into_iter().collect()).await?;
     let removed = drive(app, &op, &w).await;
     if removed.is_ok() {
@@ -184,6 +190,12 @@ async fn drive(app: &App, op: &Op, w: &Workspace) -> api::Result<Removed> {
     }
     if let Some(e) = waits {
         return Err(e);
+    }
+    if let Some(request_id) = &w.doc.outcome_owed {
+        // With the row goes the note that its creation's outcome is owed.
+        let mut op = Op::internal("reconcile.create");
+        op.request_id.clone_from(request_id);
+        super::creation::outcome_pay(app, &op, &w, None).await?;
     }
     let receipt = journal(&w)?.receipt.clone();
     app.store

@@ -1,12 +1,12 @@
 //! Tokens of a workspace's runtime API. Mint makes and checks them; control announces, asks, and
 //! passes on. Each one that is handed out leaves an entry.
 
-use super::App;
 use super::workspace::{token_state_check, workspace_for_act, workspace_get};
+use super::{App, timed};
 use crate::audit::Act;
 use crate::op::Op;
 use crate::store::Workspace;
-use api::host::ActualState;
+use api::host::{Actual, ActualState};
 use api::mint::{Gateway, Raw, Signed, TokenState};
 use api::{Error, ErrorCode, mint};
 
@@ -46,23 +46,40 @@ pub async fn access_get(app: &App, op: &Op, name: &str) -> api::Result<Access> {
 /// # Errors
 /// [`ErrorCode::VmNotRunning`] if the workspace does not run.
 pub async fn access_enable(app: &App, op: &Op, name: &str) -> api::Result<Gateway> {
-    let (w, actual) = workspace_get(app, op, name).await?;
-    super::workspace::ready(&w)?;
-    if actual.is_none_or(|a| a.state != ActualState::Running) {
+    let w = workspace_for_act(app, op, name).await?;
+    let runs = |a: Option<Actual>| a.is_some_and(|a| a.state == ActualState::Running);
+    // What is known may be old, but only ask when it says no: a token alone opens nothing.
+    if !runs(app.actual_known(&w.id)) && !runs(app.actual(op, &w.id).await) {
         return Err(Error::new(
             ErrorCode::VmNotRunning,
             "the workspace does not run; start it first",
         ));
     }
     let act = Act::new("runtime_access.enable", &w.account, w.id.as_str());
-    app.audit.intent(op, &act).await?;
-    let done = async {
-        enabled_set(app, op, &w, true).await?;
-        gateway_token(app, op, &w, false).await
+    timed(op, "intent", app.audit.intent(op, &act)).await?;
+    // Neither needs the other: enabling ends no token.
+    let asked = async {
+        tokio::try_join!(
+            enable_ask(app, op, &w, true),
+            gateway_ask(app, op, &w, false)
+        )
     };
-    let done = done.await;
-    app.audit.outcome(op, &act, &done).await;
-    done
+    let done = timed(op, "mint", asked).await;
+    let noted = async {
+        match &done {
+            Ok((state, gateway)) => {
+                state_note(app, &w, state.clone()).await?;
+                state_note(app, &w, gateway.state.clone()).await
+            }
+            Err(_) => Ok(()),
+        }
+    };
+    let (noted, ()) = timed(op, "note", async {
+        tokio::join!(noted, app.audit.outcome(op, &act, &done))
+    })
+    .await;
+    noted?;
+    done.map(|(_, gateway)| gateway)
 }
 
 /// Turns the runtime API off: every token and stream ends. A closing act.
@@ -137,6 +154,12 @@ async fn token_state(app: &App, op: &Op, w: &Workspace) -> api::Result<TokenStat
 }
 
 async fn enabled_set(app: &App, op: &Op, w: &Workspace, enabled: bool) -> api::Result<()> {
+    let state = enable_ask(app, op, w, enabled).await?;
+    state_note(app, w, state).await
+}
+
+/// Has mint turn it on or off; answers the token state.
+async fn enable_ask(app: &App, op: &Op, w: &Workspace, enabled: bool) -> api::Result<String> {
     let (_, assertion) = op.client()?;
     let ask = mint::Op::RuntimeEnable {
         assertion: assertion.to_owned(),
@@ -144,19 +167,23 @@ async fn enabled_set(app: &App, op: &Op, w: &Workspace, enabled: bool) -> api::R
         enabled,
     };
     let state: Signed = app.peers.mint.call(&op.request_id, &ask).await?;
-    state_note(app, w, state.signed).await
+    Ok(state.signed)
 }
 
 async fn gateway_token(app: &App, op: &Op, w: &Workspace, rotate: bool) -> api::Result<Gateway> {
+    let gateway = gateway_ask(app, op, w, rotate).await?;
+    state_note(app, w, gateway.state.clone()).await?;
+    Ok(gateway)
+}
+
+async fn gateway_ask(app: &App, op: &Op, w: &Workspace, rotate: bool) -> api::Result<Gateway> {
     let (_, assertion) = op.client()?;
     let ask = mint::Op::GatewayToken {
         assertion: assertion.to_owned(),
         workspace: w.id.clone(),
         rotate,
     };
-    let gateway: Gateway = app.peers.mint.call(&op.request_id, &ask).await?;
-    state_note(app, w, gateway.state.clone()).await?;
-    Ok(gateway)
+    app.peers.mint.call(&op.request_id, &ask).await
 }
 
 async fn raw_token(app: &App, op: &Op, w: &Workspace, rotate: bool) -> api::Result<Raw> {

@@ -1,17 +1,16 @@
 //! Workspaces: create, list, get, update.
 
+use super::creation::{self, Permit};
 use super::{App, signed, start_error, timed};
 use crate::audit::Act;
 use crate::limits::{READY_WAIT_MS, READY_WAIT_POLLING_MS};
 use crate::op::Op;
-use crate::store::{Doc, Inserted, Stage, Workspace};
+use crate::store::{Doc, Life, Stage, Workspace};
 use api::agent::GuestConfig;
-use api::audit::Lease;
-use api::host::Actual;
+use api::host::{Actual, Image, Info};
 use api::mint::{PolicyAct, TokenState};
-use api::{Error, ErrorCode, context, kms, mint};
-use model::{Mode, Power, Resources, RestartPolicy, TtlAction, WorkspaceId};
-use serde_json::Value;
+use api::{Error, ErrorCode, context, mint};
+use model::{HostId, Idle, Mode, Power, Resources, RestartPolicy, TtlAction, WorkspaceId};
 use std::sync::Arc;
 
 /// What a client asks for.
@@ -47,14 +46,16 @@ pub struct Spec {
     pub ttl_s: Option<u64>,
     /// What happens at its end.
     pub ttl_action: TtlAction,
-    /// Delete when it ends by itself.
+    /// Delete when it ends.
     pub remove_on_exit: bool,
+    /// What happens when nobody uses it.
+    pub idle: Option<Idle>,
 }
 
 /// A workspace and what is so of it.
 pub type Seen = (Workspace, Option<Actual>);
 
-/// Changes of a workspace's names.
+/// Changes of a workspace's names, and of what its guest is told.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Names {
     /// A name for people.
@@ -63,6 +64,10 @@ pub struct Names {
     pub slug: Option<Option<String>>,
     /// A picture; inner nothing clears it.
     pub logo: Option<Option<String>>,
+    /// `K=V`, from the next start on.
+    pub env: Option<Vec<String>>,
+    /// A command to run, from the next start on.
+    pub cmd: Option<Vec<String>>,
 }
 
 /// Makes a workspace and starts it.
@@ -77,20 +82,8 @@ pub async fn workspace_create(app: &Arc<App>, op: &Op, spec: Spec) -> api::Resul
         let actual = app.actual(op, &before.id).await;
         return Ok((before, actual));
     }
-    let info = timed(op, "host_info", app.host_info(op)).await?;
     let wanted = spec.image.as_deref().unwrap_or(&app.config.host.pool_image);
-    let image = info
-        .images
-        .iter()
-        .find(|i| i.name == wanted || i.id == wanted)
-        .ok_or_else(|| {
-            let have: Vec<_> = info.images.iter().map(|i| i.name.as_str()).collect();
-            let message = format!(
-                "image: there is none of that name; there are: {}",
-                have.join(", ")
-            );
-            Error::new(ErrorCode::ValidationError, message)
-        })?;
+    let (host, image) = timed(op, "image", image_find(app, op, wanted)).await?;
     let id = WorkspaceId::from_bytes(seal::random::bytes());
     let now_ms = app.now_ms();
     let w = Workspace {
@@ -108,10 +101,10 @@ pub async fn workspace_create(app: &Arc<App>, op: &Op, spec: Spec) -> api::Resul
             logo: None,
             mode: spec.mode,
             image: image.name.clone(),
-            image_id: image.id.clone(),
+            image_id: image.id,
             resources: spec.resources,
             config: guest_config(&id, &spec)?,
-            host: info.host.clone(),
+            host,
             stage: Stage::Creating,
             power: Power::Running,
             public_access: spec.public_access,
@@ -125,124 +118,53 @@ pub async fn workspace_create(app: &Arc<App>, op: &Op, spec: Spec) -> api::Resul
             policy: None,
             token_state: String::new(),
             creating_under: Some(assertion.to_owned()),
+            outcome_owed: None,
             deletion: None,
             completed_ms: None,
             restarts: 0,
-            restart_not_before_ms: 0,
             last_error: None,
+            life: Life {
+                idle: spec.idle,
+                ..Life::default()
+            },
             updated_ms: now_ms,
         },
         id,
     };
-    let _busy = app.busy(&w.id);
-    let mut act = Act::new("workspace.create", account, w.id.as_str());
-    act.data.insert("image".into(), w.doc.image.clone().into());
-    act.data.insert("cpus".into(), w.doc.resources.cpus.into());
-    act.data
-        .insert("memory_mb".into(), w.doc.resources.memory_mb.into());
-    act.data
-        .insert("disk_size_mb".into(), w.doc.resources.disk_size_mb.into());
-    act.data
-        .insert("public_access".into(), w.doc.public_access.into());
     let lease = app.lease_new(&w.id, &w.doc.host, &w.doc.config);
+    let act = creation::act(&w);
     let receipt = timed(op, "intent", app.audit.intent_with_lease(op, &act, &lease)).await?;
     let wait_ms = if spec.wait_ready {
         READY_WAIT_MS
     } else {
         READY_WAIT_POLLING_MS
     };
-    let made = make(app, op, &w, &lease, &receipt, wait_ms).await;
-    timed(op, "outcome", app.audit.outcome(op, &act, &made)).await;
-    made
+    let permit = Permit {
+        lease: &lease,
+        receipt: &receipt,
+    };
+    creation::make(app, op, w, permit, wait_ms).await
 }
 
-/// Everything after the intent.
-async fn make(
-    app: &Arc<App>,
-    op: &Op,
-    w: &Workspace,
-    lease: &Lease,
-    receipt: &Value,
-    wait_ms: u64,
-) -> api::Result<Seen> {
-    let max = app.config.limits.workspaces_per_account;
-    if let Inserted::Existing(before) = timed(op, "row", app.store.workspace_insert(w, max)).await? {
-        let actual = app.actual(op, &before.id).await;
-        return Ok((*before, actual));
+/// The machine, and its image of this name or id.
+async fn image_find(app: &Arc<App>, op: &Op, wanted: &str) -> api::Result<(HostId, Image)> {
+    let find = |info: &Info| {
+        let mut all = info.images.iter();
+        let image = all.find(|i| i.name == wanted || i.id == wanted)?;
+        Some((info.host.clone(), image.clone()))
+    };
+    if let Some(found) = app.host_info_recent().as_ref().and_then(find) {
+        return Ok(found);
     }
-    let identity = match timed(op, "key", key_create(app, op, w, receipt)).await {
-        Ok(identity) => identity,
-        Err(e) => {
-            // Unwind: nothing of it must stay. A clear refusal made no key to destroy.
-            let unsure = [
-                ErrorCode::Unavailable,
-                ErrorCode::Internal,
-                ErrorCode::Timeout,
-            ];
-            let keyless = !unsure.contains(&e.code);
-            super::removal::unwind(app, op, w, keyless).await;
-            return Err(e);
-        }
-    };
-    let w = match timed(op, "provision", provision(app, op, w, identity)).await {
-        Ok(w) => w,
-        Err(e) => {
-            super::removal::unwind(app, op, w, false).await;
-            return Err(e);
-        }
-    };
-    // From here on it exists, whether or not it runs yet.
-    let apply = app.host_apply(op, &w, Some((lease, receipt)), wait_ms);
-    let actual = match timed(op, "host", apply).await {
-        Ok(actual) => Some(actual),
-        Err(e) => {
-            tracing::warn!(workspace = %w.id, error = %e, detail = e.detail, "first start");
-            None
-        }
-    };
-    let w = timed(op, "note", super::power::ran_note(app, &w, actual.as_ref())).await?;
-    Ok((w, actual))
-}
-
-/// The workspace's key; answers the KMS's statement of its identity.
-async fn key_create(app: &App, op: &Op, w: &Workspace, receipt: &Value) -> api::Result<String> {
-    let create = kms::Op::WorkspaceKeyCreate {
-        receipt: receipt.clone(),
-    };
-    let made: kms::KeyCreated = app.peers.kms.call(&op.request_id, &create).await?;
-    let identity: kms::Identity = signed(
-        "identity statement",
-        &made.identity,
-        &app.kms_key,
-        context::IDENTITY,
-    )?;
-    if identity.workspace != w.id || identity.account != w.account {
-        return Err(Error::internal(
-            "the KMS's statement is of another workspace",
-        ));
-    }
-    Ok(made.identity)
-}
-
-/// Tokens and policy.
-async fn provision(app: &App, op: &Op, w: &Workspace, identity: String) -> api::Result<Workspace> {
-    let (_, assertion) = op.client()?;
-    let register = mint::Op::WorkspaceRegister {
-        assertion: assertion.to_owned(),
-        identity,
-    };
-    let state: mint::Signed = app.peers.mint.call(&op.request_id, &register).await?;
-    token_state_check(app, w, &state.signed)?;
-    let policy = policy_sign(app, op, w).await?;
-    app.store
-        .workspace_update(w, app.now_ms(), |w| {
-            w.doc.stage = Stage::Ready;
-            w.doc.creating_under = None;
-            w.doc.token_state.clone_from(&state.signed);
-            w.doc.policy.clone_from(&policy);
-            Ok(())
-        })
-        .await
+    let info = app.host_info(op).await?;
+    find(&info).ok_or_else(|| {
+        let have: Vec<_> = info.images.iter().map(|i| i.name.as_str()).collect();
+        let message = format!(
+            "image: there is none of that name; there are: {}",
+            have.join(", ")
+        );
+        Error::new(ErrorCode::ValidationError, message)
+    })
 }
 
 /// Mint's standing policy for what the platform may do to this workspace by itself; nothing if
@@ -258,6 +180,11 @@ pub async fn policy_sign(app: &App, op: &Op, w: &Workspace) -> api::Result<Optio
     }
     if w.doc.remove_on_exit || w.doc.ttl_action == TtlAction::Remove {
         acts.push(PolicyAct::Expire);
+    }
+    let ends =
+        w.doc.ttl_s.is_some() && matches!(w.doc.ttl_action, TtlAction::Stop | TtlAction::Pause);
+    if ends || w.doc.life.idle.is_some_and(|i| i.stop_after_s > 0) {
+        acts.push(PolicyAct::Stop);
     }
     if acts.is_empty() {
         return Ok(None);
@@ -371,6 +298,13 @@ pub async fn workspace_update(
             if let Some(logo) = &names.logo {
                 w.doc.logo.clone_from(logo);
             }
+            if names.env.is_some() || names.cmd.is_some() {
+                let mut config: GuestConfig =
+                    serde_json::from_str(&w.doc.config).map_err(Error::internal)?;
+                config.env = names.env.clone().unwrap_or(config.env);
+                config.cmd = names.cmd.clone().unwrap_or(config.cmd);
+                w.doc.config = guest_config_text(&config)?;
+            }
             Ok(())
         })
         .await;
@@ -401,7 +335,11 @@ fn guest_config(id: &WorkspaceId, spec: &Spec) -> api::Result<String> {
         env: spec.env.clone(),
         cmd: spec.cmd.clone(),
     };
-    let text = serde_json::to_string(&config).map_err(Error::internal)?;
+    guest_config_text(&config)
+}
+
+fn guest_config_text(config: &GuestConfig) -> api::Result<String> {
+    let text = serde_json::to_string(config).map_err(Error::internal)?;
     if text.len() > crate::limits::GUEST_CONFIG_MAX_BYTES {
         return Err(Error::new(
             ErrorCode::ValidationError,

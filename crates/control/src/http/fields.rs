@@ -2,8 +2,9 @@
 //!
 //! Fields that nobody reads are ignored, as the contract wants; `null` is absence.
 
-use crate::limits::{TEXT_MAX_CHARS, TTL_MAX_S};
+use crate::limits::TEXT_MAX_CHARS;
 use api::{Error, ErrorCode};
+use model::limits::TTL_S;
 use serde_json::{Map, Value};
 
 /// A JSON object, and its place in the body for messages.
@@ -171,7 +172,7 @@ impl Fields {
             _ => None,
         };
         seconds
-            .filter(|s| (1..=TTL_MAX_S).contains(s))
+            .filter(|s| TTL_S.contains(s))
             .map(Some)
             .ok_or_else(|| {
                 self.wrong(
@@ -179,6 +180,23 @@ impl Fields {
                     "must be seconds, or as \"30s\", \"5m\", \"1h\", \"7d\", up to 366 days",
                 )
             })
+    }
+
+    /// A duration that may be 0, which is off, but else not below `least_s`. Answer: seconds.
+    ///
+    /// # Errors
+    /// If it is something else.
+    pub fn duration_or_off(&self, name: &str, least_s: u64) -> api::Result<Option<u64>> {
+        match self.get(name) {
+            Some(v) if v.as_u64() == Some(0) || v.as_str() == Some("0") => Ok(Some(0)),
+            _ => match self.duration(name)? {
+                Some(s) if s < least_s => {
+                    let why = format!("must be 0, which is off, or at least {least_s} seconds");
+                    Err(self.wrong(name, &why))
+                }
+                s => Ok(s),
+            },
+        }
     }
 
     /// A string that is one of the values of a closed type.

@@ -12,6 +12,7 @@ pub mod network;
 pub mod openapi;
 pub mod operations;
 pub mod power;
+pub mod resources;
 pub mod runtime_access;
 mod serve;
 pub mod view;

@@ -3,7 +3,10 @@
 
 use super::operations::{Kind, OPERATIONS, Operation};
 use crate::limits::PAGE;
-use model::limits::{CPUS, DISK_MB, INGRESS_PORTS_MAX, MEMORY_MB, NAME_MAX_CHARS, SLUG_CHARS};
+use model::limits::{
+    CPUS, DISK_MB, INGRESS_PORTS_MAX, MAX_RESTARTS, MEMORY_MB, NAME_MAX_CHARS, SLUG_CHARS,
+    STOP_AFTER_MIN_S, SUSPEND_AFTER_MIN_S,
+};
 use serde_json::{Map, Value, json};
 
 /// The key that says that a body is this document, and has no `success`.
@@ -90,6 +93,9 @@ fn query(o: &Operation) -> Vec<Value> {
             text("status"),
             text("mode"),
         ],
+        "estimate_get" => ["cpu", "ram_mb", "disk_mb"]
+            .map(|n| json!({ "name": n, "in": "query", "schema": { "type": "integer" } }))
+            .to_vec(),
         "image_list" => vec![text("search"), text("category")],
         _ => Vec::new(),
     }
@@ -147,7 +153,21 @@ fn schemas() -> Value {
         "minLength": SLUG_CHARS.start(), "maxLength": SLUG_CHARS.end(),
     });
     let name = json!({ "type": "string", "maxLength": NAME_MAX_CHARS });
-    let policy = json!({ "enum": ["no", "always", "on-failure"] });
+    let policy = json!({ "enum": ["no", "never", "always", "on-failure", "unless-stopped"] });
+    let off = |least: u64| {
+        json!({
+            "description": format!("0 (off), or a duration of at least {least} s"),
+            "oneOf": [{ "type": "integer", "minimum": 0 }, { "type": "string" }],
+        })
+    };
+    let idle = json!({
+        "type": "object",
+        "required": ["suspend_after"],
+        "properties": {
+            "suspend_after": off(SUSPEND_AFTER_MIN_S),
+            "stop_after": off(STOP_AFTER_MIN_S),
+        },
+    });
     let action = json!({ "enum": ["stop", "pause", "remove"] });
     json!({
         "Success": { "type": "object", "required": ["success"], "properties": { "success": { "const": true } } },
@@ -179,7 +199,10 @@ fn schemas() -> Value {
                         ] } },
                         "cmd": { "oneOf": [{ "type": "string" }, { "type": "array", "items": { "type": "string" } }] },
                         "ttl": duration, "ttl_action": action, "remove_on_exit": { "type": "boolean" },
-                        "restart_policy": policy, "max_restarts": { "type": "integer", "minimum": 0 },
+                        "restart_policy": policy, "max_restarts": {
+                            "type": "integer", "minimum": MAX_RESTARTS.start(), "maximum": MAX_RESTARTS.end(),
+                        },
+                        "idle": { "oneOf": [{ "type": "null" }, idle] },
                         "network_config": {
                             "type": "object",
                             "properties": {
@@ -194,8 +217,19 @@ fn schemas() -> Value {
         },
         "WorkspaceUpdate": {
             "type": "object",
-            "properties": { "name": name, "slug": slug, "logo": { "type": ["string", "null"] } },
+            "properties": {
+                "name": name, "slug": slug, "logo": { "type": ["string", "null"] },
+                "config": { "description": "Merged; fields as in WorkspaceCreate's", "type": "object" },
+            },
         },
+        "Resources": {
+            "type": "object",
+            "properties": {
+                "cpus": size(&CPUS), "memory_mb": size(&MEMORY_MB), "disk_size_mb": size(&DISK_MB),
+                "apply": { "type": "boolean", "default": false, "description": "Relaunch now if it runs" },
+            },
+        },
+        "Idle": idle,
         "NetworkPatch": {
             "type": "object",
             "properties": {

@@ -5,7 +5,8 @@ use crate::app::workspace::Seen;
 use crate::store::{Stage, Workspace};
 use api::ErrorCode;
 use api::host::{Actual, ActualState};
-use model::{Mode, Power, RestartPolicy, TtlAction};
+use model::lifecycle::RESTARTS_MAX;
+use model::{Idle, Mode, Power, Resources, RestartPolicy, TtlAction};
 use serde_json::{Value, json};
 
 /// The contract's workspace object.
@@ -35,7 +36,7 @@ pub fn workspace((w, actual): &Seen) -> Value {
             "ttl": d.ttl_s,
             "ttl_action": ttl_action(d.ttl_action),
             "remove_on_exit": d.remove_on_exit,
-            "restart_policy": restart_policy(d.restart_policy),
+            "restart_policy": d.restart_policy.word(),
             "ttl_expires_at": d.ttl_expires_ms.map(time),
         },
         "resources": {
@@ -73,14 +74,14 @@ pub fn lifecycle((w, actual): &Seen, now_ms: u64) -> Value {
     let expires = d.ttl_expires_ms.map(time);
     let since = actual.as_ref().and_then(|a| a.since_ms);
     json!({
-        "idle": null,
+        "idle": idle(d.life.idle),
         "snapshot_supported": false,
-        "snapshot_unavailable_reason": "this version makes no snapshots",
+        "snapshot_unavailable_reason": "this version saves no memory: a workspace stays awake until stop_after",
         "mode": mode(d.mode),
         "status": status(w, actual.as_ref()),
-        "restart_policy": restart_policy(d.restart_policy),
+        "restart_policy": d.restart_policy.word(),
         "max_restarts": d.max_restarts,
-        "restart_info": { "restarts": d.restarts, "last_error": d.last_error.as_ref().map(|e| e.code.as_str()) },
+        "restart_info": restart_info(w),
         "ttl": d.ttl_s,
         "ttl_action": ttl_action(d.ttl_action),
         "remove_on_exit": d.remove_on_exit,
@@ -89,6 +90,76 @@ pub fn lifecycle((w, actual): &Seen, now_ms: u64) -> Value {
         "ttl_expires_at": expires,
         "pause_supported": true,
         "created_at": time(w.created_ms),
+    })
+}
+
+fn idle(idle: Option<Idle>) -> Value {
+    match idle {
+        None => Value::Null,
+        Some(i) => json!({ "suspend_after": i.suspend_after_s, "stop_after": i.stop_after_s }),
+    }
+}
+
+/// How far unplanned restarts are: `state` is `ok`, `waiting` (see `next_restart_at`) or `failed`.
+fn restart_info(w: &Workspace) -> Value {
+    let d = &w.doc;
+    let owed = d.life.restart_at_ms;
+    let state = match owed {
+        _ if d.life.given_up => "failed",
+        Some(_) => "waiting",
+        None => "ok",
+    };
+    json!({
+        "state": state,
+        "restarts": d.restarts,
+        "max_restarts": d.max_restarts.unwrap_or(RESTARTS_MAX),
+        "next_restart_at": owed.map(time),
+        "last_error": d.last_error.as_ref().map(|e| e.code.as_str()),
+        "message": d.last_error.as_ref().map(|e| e.message.as_str()),
+    })
+}
+
+/// The contract's resources object; `running` is the size of the VM that runs, where another is
+/// wanted from the next start on.
+#[must_use]
+pub fn resources((w, actual): &Seen) -> Value {
+    let r = w.doc.resources;
+    let size = |r: Resources| {
+        json!({
+            "cpus": r.cpus, "memory_mb": r.memory_mb, "disk_size_mb": r.disk_size_mb,
+        })
+    };
+    json!({
+        "cpus": r.cpus,
+        "memory_mb": r.memory_mb,
+        "disk_size_mb": r.disk_size_mb,
+        "writable_size_mb": r.disk_size_mb,
+        "cpu_config": { "quota": r.cpus * 100 },
+        "status": status(w, actual.as_ref()),
+        "running": w.doc.life.resources_running.map(size),
+    })
+}
+
+/// What runs, for people: no secret, no address of the machine.
+#[must_use]
+pub fn info((w, actual): &Seen, now_ms: u64) -> Value {
+    let actual = actual.as_ref();
+    let since_ms = actual.and_then(|a| a.since_ms);
+    let r = w.doc.life.resources_running.unwrap_or(w.doc.resources);
+    json!({
+        "id": w.id,
+        "status": status(w, actual),
+        "is_running": is_running(w, actual),
+        "image": w.doc.image,
+        "image_digest": w.doc.image_id,
+        "cpus": r.cpus,
+        "memory_mb": r.memory_mb,
+        "disk_size_mb": r.disk_size_mb,
+        "ip": actual.and_then(|a| a.ip.clone()),
+        "start_id": actual.and_then(|a| a.start_id.clone()),
+        "started_from": actual.and_then(|a| a.started_from.clone()),
+        "started_at": since_ms.map(time),
+        "uptime": since_ms.map_or(0, |t| now_ms.saturating_sub(t) / 1_000),
     })
 }
 
@@ -129,8 +200,9 @@ pub fn config(w: &Workspace) -> Value {
         "cpus": d.resources.cpus,
         "memory_mb": d.resources.memory_mb,
         "disk_size_mb": d.resources.disk_size_mb,
-        "restart_policy": restart_policy(d.restart_policy),
+        "restart_policy": d.restart_policy.word(),
         "max_restarts": d.max_restarts,
+        "idle": idle(d.life.idle),
         "ttl": d.ttl_s,
         "ttl_action": ttl_action(d.ttl_action),
         "remove_on_exit": d.remove_on_exit,
@@ -164,6 +236,7 @@ fn provisioning(w: &Workspace, actual: Option<&Actual>) -> Value {
     let d = &w.doc;
     let error = actual
         .and_then(start_error)
+        .filter(|_| !d.life.given_up)
         .or_else(|| d.last_error.clone());
     let first_failed = d.completed_ms.is_none() && error.is_some() && !restarts(w);
     let sealed = error
@@ -172,6 +245,7 @@ fn provisioning(w: &Workspace, actual: Option<&Actual>) -> Value {
     let (state, phase, message) = match d.stage {
         Stage::Deleting => ("deleting", "deleting", "being deleted"),
         Stage::Creating => ("provisioning", "creating", "keys and tokens are being made"),
+        Stage::Ready if d.life.given_up => ("failed", "failed", "it is not restarted any more"),
         Stage::Ready if first_failed => ("failed", "failed", "the first start failed"),
         Stage::Ready if d.completed_ms.is_some() || is_running(w, actual) => {
             ("ready", "ready", "ready")
@@ -184,7 +258,7 @@ fn provisioning(w: &Workspace, actual: Option<&Actual>) -> Value {
         ),
         Stage::Ready => ("provisioning", "starting", "starting"),
     };
-    let error = error.filter(|_| first_failed || sealed);
+    let error = error.filter(|_| first_failed || sealed || d.life.given_up);
     json!({
         "state": state,
         "phase": phase,
@@ -199,10 +273,11 @@ fn provisioning(w: &Workspace, actual: Option<&Actual>) -> Value {
 /// Whether the reconciler will start it again.
 fn restarts(w: &Workspace) -> bool {
     let d = &w.doc;
-    matches!(d.power, Power::Running | Power::Paused)
+    let left = d.restarts < d.max_restarts.unwrap_or(RESTARTS_MAX);
+    d.power == Power::Running
         && d.policy.is_some()
         && d.restart_policy != RestartPolicy::No
-        && d.restarts < d.max_restarts.unwrap_or(crate::limits::RESTARTS_MAX)
+        && (left || d.life.restart_at_ms.is_some())
 }
 
 fn mode(mode: Mode) -> &'static str {
@@ -218,13 +293,5 @@ fn ttl_action(action: TtlAction) -> &'static str {
         TtlAction::Pause => "pause",
         TtlAction::Suspend => "suspend",
         TtlAction::Remove => "remove",
-    }
-}
-
-fn restart_policy(policy: RestartPolicy) -> &'static str {
-    match policy {
-        RestartPolicy::No => "no",
-        RestartPolicy::Always => "always",
-        RestartPolicy::OnFailure => "on-failure",
     }
 }

@@ -3,15 +3,31 @@
 use super::fields::Fields;
 use super::{Answer, Call, view};
 use crate::app::workspace::{self as app_workspace, Names, Spec};
-use crate::app::{App, image, lifecycle, removal, stats};
+use crate::app::{App, image, lifecycle, network, removal, resources, stats};
 use crate::limits::{CMD_ARGS_MAX, IDEMPOTENCY_KEY_MAX_CHARS, PAGE};
 use crate::op::Op;
 use model::limits::{
-    CPUS, DISK_MB, ENV_ITEM_MAX_BYTES, ENV_MAX, MEMORY_MB, NAME_MAX_CHARS, SLUG_CHARS,
+    CPUS, DISK_MB, ENV_ITEM_MAX_BYTES, ENV_MAX, MAX_RESTARTS, MEMORY_MB, NAME_MAX_CHARS, SLUG_CHARS,
 };
 use model::{Mode, Resources, RestartPolicy};
 use serde_json::{Value, json};
 use std::sync::Arc;
+
+/// Fields of `config` that this version does not do.
+const UNSUPPORTED: &[&str] = &[
+    "static_network",
+    "keep_logs",
+    "enable_kvm",
+    "ssh_access",
+    "workloads",
+    "ready_check",
+    "desktop",
+    "macos",
+    "kernel_id",
+    "proxy_assignment_id",
+    "root_disk_id",
+    "disks",
+];
 
 /// Words that are paths beside workspaces' ids.
 const RESERVED: [&str; 6] = [
@@ -69,21 +85,36 @@ pub async fn provisioning_retry(
 /// `PUT /workspace/{ws}`
 pub async fn update(app: Arc<App>, op: Arc<Op>, call: Arc<Call>) -> api::Result<Answer> {
     let body = &call.body;
-    body.refuse(&["config"])?;
+    let config = body.object("config")?;
+    config.refuse(UNSUPPORTED)?;
     let cleared = |name: &str, value: Option<String>| body.has(name).then_some(value);
     let names = Names {
         name: body.text_within("name", NAME_MAX_CHARS)?,
         slug: cleared("slug", slug(body)?),
         logo: cleared("logo", body.text("logo")?),
+        env: config.has("env").then(|| env(&config)).transpose()?,
+        cmd: config.has("cmd").then(|| cmd(&config)).transpose()?,
     };
+    let several = several(body, &config)?;
+    let resize = super::resources::resize(&config)?;
+    let net = config.object("network_config")?;
+    super::network::refuse(&net)?;
+    let rules = network::Patch {
+        public_access: public_access(&net)?,
+        ingress_ports: net.ports("ingress_ports")?,
+    };
+    // All that is asked for is well formed: now it is done, one act after the other.
     let mut seen = None;
-    if let Some(s) = body.number("auto_stop_seconds", 1..=31_622_400)? {
-        let ttl = lifecycle::Ttl {
-            ttl_s: Some(s.into()),
-            ..lifecycle::Ttl::default()
-        };
-        let change = lifecycle::Change::Ttl(ttl);
+    if several != lifecycle::Several::default() {
+        let change = lifecycle::Change::Several(several);
         seen = Some(lifecycle::lifecycle_update(&app, &op, call.ws(), change).await?);
+    }
+    if !resize.is_empty() {
+        let (resized, _) = resources::resources_update(&app, &op, call.ws(), resize).await?;
+        seen = Some(resized);
+    }
+    if rules != network::Patch::default() {
+        seen = Some(network::network_update(&app, &op, call.ws(), rules).await?);
     }
     if names != Names::default() || seen.is_none() {
         seen = Some(app_workspace::workspace_update(&app, &op, call.ws(), names).await?);
@@ -91,6 +122,29 @@ pub async fn update(app: Arc<App>, op: Arc<Op>, call: Arc<Call>) -> api::Result<
     Ok(Answer::ok(
         json!({ "workspace": seen.as_ref().map(view::workspace) }),
     ))
+}
+
+/// What of the lifecycle a config merge names.
+fn several(body: &Fields, config: &Fields) -> api::Result<lifecycle::Several> {
+    let mut ttl = super::lifecycle::ttl(config)?;
+    let seconds = body.number("auto_stop_seconds", 1..=31_622_400)?;
+    ttl.ttl_s = ttl.ttl_s.or(seconds.map(u64::from));
+    let idle = match config.get("idle") {
+        None => config.has("idle").then_some(None),
+        Some(_) => Some(super::lifecycle::idle_policy(&config.object("idle")?)?),
+    };
+    Ok(lifecycle::Several {
+        ttl,
+        restart_policy: super::lifecycle::restart_policy(config)?,
+        max_restarts: config.number("max_restarts", MAX_RESTARTS)?,
+        idle,
+    })
+}
+
+/// `public_ingress`, or `public_access` as the network's own route calls it.
+fn public_access(net: &Fields) -> api::Result<Option<bool>> {
+    let public = net.flag("public_ingress")?;
+    Ok(public.or(net.flag("public_access")?))
 }
 
 /// `DELETE /workspace/{ws}` and `DELETE /workspace/{ws}/lifecycle`
@@ -123,17 +177,32 @@ pub async fn config(app: Arc<App>, op: Arc<Op>, call: Arc<Call>) -> api::Result<
     Ok(Answer::ok(json!({ "config": view::config(&w) })))
 }
 
-/// `GET /workspace/{ws}/resources`
-pub async fn resources(app: Arc<App>, op: Arc<Op>, call: Arc<Call>) -> api::Result<Answer> {
+/// `GET /workspace/{ws}/info`
+pub async fn info(app: Arc<App>, op: Arc<Op>, call: Arc<Call>) -> api::Result<Answer> {
     let seen = app_workspace::workspace_get(&app, &op, call.ws()).await?;
-    let r = seen.0.doc.resources;
-    Ok(Answer::ok(json!({ "resources": {
-        "cpus": r.cpus,
-        "memory_mb": r.memory_mb,
-        "disk_size_mb": r.disk_size_mb,
-        "writable_size_mb": r.disk_size_mb,
-        "cpu_config": { "quota": r.cpus * 100 },
-        "status": view::status(&seen.0, seen.1.as_ref()),
+    Ok(Answer::ok(
+        json!({ "info": view::info(&seen, app.now_ms()) }),
+    ))
+}
+
+/// `GET /workspace/estimate`: nothing is charged for here; what can be said is whether such a
+/// workspace may be made.
+pub async fn estimate(app: Arc<App>, op: Arc<Op>, call: Arc<Call>) -> api::Result<Answer> {
+    let default = Resources::default();
+    let number = |name: &str, default: u32, range: &std::ops::RangeInclusive<u32>| {
+        let range = *range.start() as usize..=*range.end() as usize;
+        call.query_number(name, default as usize, range)
+    };
+    let cpus = number("cpu", default.cpus, &CPUS)?;
+    let memory_mb = number("ram_mb", default.memory_mb, &MEMORY_MB)?;
+    let disk_size_mb = number("disk_mb", default.disk_size_mb, &DISK_MB)?;
+    let all = app.store.workspace_list(op.account()?).await?;
+    Ok(Answer::ok(json!({ "estimate": {
+        "cpus": cpus,
+        "memory_mb": memory_mb,
+        "disk_size_mb": disk_size_mb,
+        "can_create": all.len() < app.config.limits.workspaces_per_account as usize,
+        "cost": null,
     }})))
 }
 
@@ -160,12 +229,6 @@ pub async fn quota(app: Arc<App>, op: Arc<Op>, _: Arc<Call>) -> api::Result<Answ
         "can_create": can_create,
         "reason": (!can_create).then_some("the account has all the workspaces it may have"),
     })))
-}
-
-/// `GET /workspace/archived`
-pub async fn archived(_: Arc<App>, op: Arc<Op>, _: Arc<Call>) -> api::Result<Answer> {
-    op.client()?;
-    Ok(Answer::ok(json!({ "workspaces": [] })))
 }
 
 /// `GET /workspace/images`
@@ -225,21 +288,7 @@ pub fn spec(body: &Fields) -> api::Result<Spec> {
     let config = body.object("config")?;
     let net = config.object("network_config")?;
     body.refuse(&["namespace", "region"])?;
-    config.refuse(&[
-        "idle",
-        "static_network",
-        "keep_logs",
-        "enable_kvm",
-        "ssh_access",
-        "workloads",
-        "ready_check",
-        "desktop",
-        "macos",
-        "kernel_id",
-        "proxy_assignment_id",
-        "root_disk_id",
-        "disks",
-    ])?;
+    config.refuse(UNSUPPORTED)?;
     super::network::refuse(&net)?;
     let default = Resources::default();
     let size = |names: [&str; 3], old: &[&str], range, default| -> api::Result<u32> {
@@ -272,15 +321,18 @@ pub fn spec(body: &Fields) -> api::Result<Spec> {
     if mode == Mode::Temporary && ttl_s.is_none() {
         return Err(config.wrong("ttl", "a temporary workspace needs one, as 600 or \"10m\""));
     }
-    let policy = config.one_of("restart_policy", super::lifecycle::RESTART_POLICIES)?;
+    let policy = super::lifecycle::restart_policy(&config)?;
     let restart_policy = match mode {
         Mode::Temporary => RestartPolicy::No,
         Mode::Permanent => policy.unwrap_or_default(),
     };
-    let public_access = match net.flag("public_ingress")? {
-        Some(public) => public,
-        None => net.flag("public_access")?.unwrap_or(false),
+    let idle = match config.get("idle") {
+        None => None,
+        Some(_) => super::lifecycle::idle_policy(&config.object("idle")?)?,
     };
+    if mode == Mode::Temporary && idle.is_some() {
+        return Err(config.wrong("idle", "only a permanent workspace has an idle policy"));
+    }
     Ok(Spec {
         name: body.text_within("name", NAME_MAX_CHARS)?,
         slug: slug(body)?,
@@ -293,13 +345,14 @@ pub fn spec(body: &Fields) -> api::Result<Spec> {
         resources,
         env: env(&config)?,
         cmd: cmd(&config)?,
-        public_access,
+        public_access: public_access(&net)?.unwrap_or(false),
         ingress_ports: net.ports("ingress_ports")?.unwrap_or_default(),
         restart_policy,
-        max_restarts: config.number("max_restarts", 0..=1_000)?,
+        max_restarts: config.number("max_restarts", MAX_RESTARTS)?,
         ttl_s,
         ttl_action: super::lifecycle::ttl_action(&config)?.unwrap_or_default(),
         remove_on_exit: config.flag("remove_on_exit")?.unwrap_or(false),
+        idle,
     })
 }
 

@@ -3,7 +3,9 @@
 use super::{Store, failed, to_i64, to_u64};
 use crate::limits::{CAS_ATTEMPTS_MAX, ROWS_MAX};
 use api::{Error, ErrorCode};
-use model::{AccountId, HostId, Mode, Power, Resources, RestartPolicy, TtlAction, WorkspaceId};
+use model::{
+    AccountId, HostId, Idle, Mode, Power, Resources, RestartPolicy, TtlAction, WorkspaceId,
+};
 use serde::{Deserialize, Serialize};
 use sqlx::Row as _;
 use sqlx::any::AnyRow;
@@ -72,18 +74,53 @@ pub struct Doc {
     pub token_state: String,
     /// The assertion it is created under, until it is created.
     pub creating_under: Option<String>,
+    /// The request whose creation's outcome the log does not have yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub outcome_owed: Option<String>,
     /// The deletion's journal.
     pub deletion: Option<Deletion>,
     /// When it ran first, ms since the epoch.
     pub completed_ms: Option<u64>,
     /// Unplanned restarts in a row.
     pub restarts: u32,
-    /// No restart before, ms since the epoch.
-    pub restart_not_before_ms: u64,
     /// Why it ended by itself.
     pub last_error: Option<Error>,
+    /// What the platform owes it.
+    #[serde(default)]
+    pub life: Life,
     /// ms since the epoch.
     pub updated_ms: u64,
+}
+
+/// What the platform does to a workspace by itself, and how far that is: all that is needed to
+/// do it once, whichever process was killed in between.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Life {
+    /// What happens when nobody uses it.
+    pub idle: Option<Idle>,
+    /// The last ping, ms since the epoch.
+    pub pinged_ms: u64,
+    /// A start by the platform is owed then, ms since the epoch: after an exit, or after the stop
+    /// of a restart.
+    pub restart_at_ms: Option<u64>,
+    /// The generation that such a start was handed to host with: as long as host has not seen it,
+    /// the start has not been tried.
+    pub restart_generation: Option<u64>,
+    /// It ended as often in a row as it may.
+    pub given_up: bool,
+    /// It has ended and was to be removed then.
+    pub remove_due: bool,
+    /// The size of the VM that runs, where another is wanted from the next start on.
+    pub resources_running: Option<Resources>,
+}
+
+impl Life {
+    /// The owner has said what is wanted: nothing is owed any more.
+    pub fn settle(&mut self) {
+        (self.restart_at_ms, self.restart_generation) = (None, None);
+        (self.given_up, self.remove_due) = (false, false);
+    }
 }
 
 /// How far a workspace's life is.

@@ -24,6 +24,10 @@ pub struct State {
     pub desired: BTreeMap<WorkspaceId, Desired>,
     pub actual: BTreeMap<WorkspaceId, (u64, Actual)>,
     pub kms_sealed: bool,
+    /// The time that host gives a VM that comes up.
+    pub now_ms: u64,
+    /// For how long workspaces were not used.
+    pub idle_ms: BTreeMap<WorkspaceId, u64>,
     /// Operations that fail, by `process.op`.
     pub failing: HashMap<&'static str, ErrorCode>,
     /// Operations after which no answer comes, by `process.op`.
@@ -326,6 +330,21 @@ impl Doubles {
                 pool_wanted: 0,
                 weakened: vec![],
             }),
+            host::Op::Active { workspaces } => {
+                let mut s = self.state();
+                for w in workspaces {
+                    s.idle_ms.insert(w, 0);
+                }
+                ok(&true)
+            }
+            host::Op::Idle { workspaces } => {
+                let s = self.state();
+                let known = workspaces.into_iter().filter_map(|workspace| {
+                    let idle_ms = *s.idle_ms.get(&workspace)?;
+                    Some(host::Idle { workspace, idle_ms })
+                });
+                ok(&known.collect::<Vec<_>>())
+            }
             host::Op::List => panic!("control follows changes"),
         }
     }
@@ -339,6 +358,7 @@ impl Doubles {
             return Err(Error::new(ErrorCode::Conflict, "older"));
         }
         let before = s.actual.get(&d.workspace).map(|(_, a)| a.state);
+        let since_ms = s.actual.get(&d.workspace).and_then(|(_, a)| a.since_ms);
         let up = matches!(before, Some(ActualState::Running | ActualState::Paused));
         let fails = s.starts_fail.clone();
         let (state, error) = match d.power {
@@ -346,6 +366,7 @@ impl Doubles {
             Power::Stopped => (ActualState::Stopped, None),
             Power::Paused if up => (ActualState::Paused, None),
             Power::Running if up => (ActualState::Running, None),
+            _ if d.token_state.is_empty() => (ActualState::Starting, None),
             Power::Paused | Power::Running => match (&d.lease, &d.start) {
                 (Some(receipt), Some(lease)) => {
                     s.starts += 1;
@@ -381,7 +402,7 @@ impl Doubles {
                 .filter(|_| running),
             ip: running.then(|| "10.117.0.9".into()),
             public_access: d.public_access,
-            since_ms: running.then_some(1),
+            since_ms: running.then(|| since_ms.filter(|_| up).unwrap_or(s.now_ms)),
             started_from: running.then(|| "pool".into()),
             error,
         };

@@ -78,6 +78,8 @@ impl World {
         ] {
             std::fs::write(paths.trust().join(name), key.public().to_hex()).unwrap();
         }
+        let clock = Clock::manual(1_800_000_000_000);
+        doubles.state().now_ms = clock.now_ms();
         doubles.serve(&paths);
         let mut config = Config::default();
         if let Some(pg) = &postgres {
@@ -88,7 +90,7 @@ impl World {
             paths,
             config,
             doubles,
-            clock: Clock::manual(1_800_000_000_000),
+            clock,
             postgres,
             control: None,
             next_jti: AtomicU64::new(1),
@@ -186,6 +188,39 @@ impl World {
         let socket = self.paths.socket("control", "http");
         let stream = UnixStream::connect(socket).await.unwrap();
         exchange(stream, method, path, headers, body).await.unwrap()
+    }
+
+    /// The clock goes on.
+    pub fn pass_ms(&self, ms: u64) {
+        self.clock.set_ms(self.clock.now_ms() + ms);
+        self.doubles.state().now_ms = self.clock.now_ms();
+    }
+
+    /// Waits until a workspace of account 1 has this status; `gone` once there is none.
+    pub async fn becomes(&self, id: &str, wanted: &str) {
+        self.until(wanted, async || {
+            let path = format!("/workspace/{id}");
+            let got = self.ask(1, "GET", &path, Value::Null).await;
+            let status = got.body["workspace"]["status"].as_str().unwrap_or("gone");
+            (status == wanted).then_some(())
+        })
+        .await;
+    }
+
+    /// The `restart_info` of a workspace of account 1.
+    pub async fn restart_info(&self, id: &str) -> Value {
+        let path = format!("/workspace/{id}/lifecycle");
+        self.ok(1, "GET", &path, Value::Null).await["restart_info"].take()
+    }
+
+    /// Waits until a restart is owed to a workspace, and lets its time come.
+    pub async fn restart_comes_due(&self, id: &str) {
+        self.until("an owed restart", async || {
+            let info = self.restart_info(id).await;
+            (info["state"] == "waiting").then_some(())
+        })
+        .await;
+        self.pass_ms(model::lifecycle::RESTART_PAUSE_MAX_MS);
     }
 
     /// Makes a workspace of account 1; its id.

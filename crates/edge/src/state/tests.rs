@@ -262,3 +262,40 @@ async fn an_older_answer_of_host_changes_nothing() {
     w.table.actual(open, 2, true);
     assert!(w.admit(1).is_ok());
 }
+
+#[tokio::test]
+async fn a_paused_workspace_refuses_and_cuts_what_was_not_answered() {
+    let w = world();
+    w.give(&w.state(1, 1));
+    w.run();
+    let (_, waiting) = w.admit(1).unwrap();
+    let (_, streaming) = w.admit(1).unwrap();
+    streaming.answered();
+    w.place(ActualState::Paused, 1, true, "10.117.0.2");
+    assert!(waiting.cut().is_cancelled() && !streaming.cut().is_cancelled());
+    let claims_refused = w.admit(1).map(|_| ());
+    assert_eq!(claims_refused, Err(ErrorCode::VmNotRunning));
+    w.run();
+    assert!(w.admit(1).is_ok() && !streaming.cut().is_cancelled());
+}
+
+#[tokio::test]
+async fn what_was_used_is_told_once_and_what_is_used_again_and_again() {
+    let w = world();
+    w.give(&w.state(1, 1));
+    w.run();
+    assert!(w.table.used_take(10).is_empty());
+    let (_, live) = w.admit(1).unwrap();
+    assert_eq!(w.table.used_take(10), [w.ws.clone()]);
+    assert!(w.table.used_take(10).is_empty());
+    // It goes on; and what nobody heard is told again.
+    w.table.used_note_live();
+    let told = w.table.used_take(10);
+    drop(live);
+    w.table.used_return(told);
+    assert_eq!(w.table.used_take(10), [w.ws.clone()]);
+    w.table.used_note_live();
+    assert!(w.table.used_take(10).is_empty());
+    w.table.used_return(vec![WorkspaceId::from_bytes([9; 8])]);
+    assert!(w.table.used_take(10).is_empty(), "unknown");
+}

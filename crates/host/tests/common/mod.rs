@@ -211,7 +211,7 @@ impl Doubles {
                 x.at.state = SlotState::DiskAttached;
                 ok(&true)
             }
-            warden::Op::NetSet { slot, open } => {
+            warden::Op::NetSet { slot, open, .. } => {
                 s.slots.get_mut(&slot).unwrap().open = Some(open);
                 ok(&true)
             }
@@ -402,6 +402,8 @@ impl World {
             resources: Resources::default(),
             disk_bytes_per_s: 1 << 30,
             disk_ops_per_s: 1_000,
+            net_rates: warden::NetRates::default(),
+            pids: 0,
             config: "{}".into(),
             public_access: false,
             ingress_ports: vec![],

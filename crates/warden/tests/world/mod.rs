@@ -286,6 +286,7 @@ pub fn disk_open(slot: u16) -> Op {
         disk_mb: 64,
         bytes_per_s: 1 << 30,
         ops_per_s: 100_000,
+        pids: 0,
     }
 }
 
