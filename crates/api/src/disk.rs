@@ -7,6 +7,16 @@ use serde::{Deserialize, Serialize};
 #[derive(Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 pub enum ToDisk {
+    /// The volume, and how fast it may be. With this come, in this order, its backing file and, if
+    /// there is one, the template that a new volume is filled from (SCM_RIGHTS). No answer.
+    Open {
+        /// Size of the volume, MiB.
+        size_mb: u32,
+        /// Bandwidth, bytes/s.
+        bytes_per_s: u64,
+        /// Operations/s.
+        ops_per_s: u64,
+    },
     /// The sealed `kms::Grant`.
     Grant {
         /// HPKE ciphertext, base64.
@@ -24,12 +34,12 @@ pub enum ToDisk {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 pub enum FromDisk {
-    /// Its ephemeral public key.
+    /// It is in its sandbox and serves a file without a volume. Its ephemeral public key.
     Hello {
         /// X25519, hex.
         hpke_pub: String,
     },
-    /// The volume is open; the file can be opened, once.
+    /// The volume is open, and behind the file.
     Ready {
         /// Size of the file as the VMM sees it, bytes.
         size_bytes: u64,

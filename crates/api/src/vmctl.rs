@@ -36,12 +36,14 @@ pub enum Op {
     },
 }
 
-/// A message from warden on the second socket; the disk's descriptor comes with it (SCM_RIGHTS).
+/// A message from warden on the second socket.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "snake_case", deny_unknown_fields)]
 pub enum WardenOp {
-    /// Keep this file for [`Op::Attach`]. Answer: `true`.
-    DiskFd {
+    /// Keep the file whose descriptor comes with this (SCM_RIGHTS). Answer: `true`.
+    DiskFd,
+    /// A volume is behind that file now: [`Op::Attach`] may use it. Answer: `true`.
+    DiskReady {
         /// Size of the file, bytes.
         size_bytes: u64,
     },

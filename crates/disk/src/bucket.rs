@@ -69,6 +69,13 @@ impl Limiter {
         }
     }
 
+    /// Begins anew at these rates, with both buckets full.
+    pub fn set(&self, bytes_per_s: u64, ops_per_s: u64) {
+        let now = u64::try_from(self.epoch.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        *self.buckets.lock().unwrap_or_else(PoisonError::into_inner) =
+            (Bucket::new(bytes_per_s, now), Bucket::new(ops_per_s, now));
+    }
+
     /// Takes one operation of `bytes` and answers how long to wait before doing it.
     #[must_use = "the caller waits"]
     pub fn take(&self, bytes: u64) -> Duration {

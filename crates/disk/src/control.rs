@@ -1,12 +1,17 @@
 //! The socketpair to warden: one JSON message a packet.
 
+use std::io::IoSliceMut;
+use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 
 use api::disk::{FromDisk, ToDisk};
 use api::limits::CHANNEL_MESSAGE_MAX_BYTES;
-use rustix::net::{RecvFlags, SendFlags, recv, send};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, recvmsg, send,
+};
 
 use crate::DiskError;
+use crate::limits::SENT_FDS_MAX;
 
 /// The channel. `SOCK_SEQPACKET`.
 #[derive(Debug)]
@@ -26,19 +31,47 @@ impl Control {
     /// # Errors
     /// [`DiskError::Protocol`] for what is no message; the kernel's.
     pub fn receive(&self) -> Result<Option<ToDisk>, DiskError> {
+        let Some((message, fds)) = self.receive_with_fds()? else {
+            return Ok(None);
+        };
+        if !fds.is_empty() {
+            return Err(wrong("descriptors came with it"));
+        }
+        Ok(Some(message))
+    }
+
+    /// The next message, with the descriptors that came with it.
+    ///
+    /// # Errors
+    /// As [`Self::receive`]; more descriptors than [`SENT_FDS_MAX`].
+    pub fn receive_with_fds(&self) -> Result<Option<(ToDisk, Vec<OwnedFd>)>, DiskError> {
         let mut buf = vec![0; CHANNEL_MESSAGE_MAX_BYTES];
-        let len = loop {
-            match recv(&self.socket, &mut buf[..], RecvFlags::TRUNC) {
-                Ok((_, len)) => break len, // With TRUNC, the packet's whole length.
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(SENT_FDS_MAX))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let got = loop {
+            let flags = RecvFlags::TRUNC | RecvFlags::CMSG_CLOEXEC;
+            let room = &mut [IoSliceMut::new(&mut buf)];
+            match recvmsg(&self.socket, room, &mut ancillary, flags) {
+                Ok(got) => break got,
                 Err(rustix::io::Errno::INTR) => {}
                 Err(rustix::io::Errno::CONNRESET) => return Ok(None),
                 Err(error) => return Err(DiskError::io("receiving from warden")(error)),
             }
         };
-        if len == 0 {
+        let mut fds = Vec::new();
+        for message in ancillary.drain() {
+            if let RecvAncillaryMessage::ScmRights(rights) = message {
+                fds.extend(rights);
+            }
+        }
+        if got.bytes == 0 {
             return Ok(None);
         }
-        decode(buf.get(..len)).map(Some)
+        if got.flags.contains(ReturnFlags::CTRUNC) {
+            return Err(wrong("more descriptors than 4"));
+        }
+        // With TRUNC, the packet's whole length.
+        Ok(Some((decode(buf.get(..got.bytes))?, fds)))
     }
 
     /// Sends one message. That warden is gone shows at the next [`Control::receive`].
@@ -54,12 +87,15 @@ impl Control {
     }
 }
 
-/// `None`: longer than the bound.
-fn decode(packet: Option<&[u8]>) -> Result<ToDisk, DiskError> {
-    let wrong = |why| DiskError::Protocol {
+fn wrong(why: &'static str) -> DiskError {
+    DiskError::Protocol {
         subject: "message from warden",
         why,
-    };
+    }
+}
+
+/// `None`: longer than the bound.
+fn decode(packet: Option<&[u8]>) -> Result<ToDisk, DiskError> {
     let packet = packet.ok_or(wrong("longer than 64 KiB"))?;
     serde_json::from_slice(packet).map_err(|_| wrong("not a message of this protocol"))
 }
@@ -88,7 +124,7 @@ mod tests {
             SendFlags::empty(),
         )
         .unwrap();
-        send(&warden, b"{\"type\":\"open\"}", SendFlags::empty()).unwrap();
+        send(&warden, b"{\"type\":\"none\"}", SendFlags::empty()).unwrap();
         assert!(matches!(control.receive().unwrap(), Some(ToDisk::Close)));
         let too_long = control.receive().err().unwrap().to_string();
         assert!(too_long.contains("longer than 64 KiB"), "{too_long}");

@@ -3,7 +3,7 @@
 //! ```text
 //!  VMM ──FUSE──▶ fuse ─▶ object ┬▶ identity   [0, 1 MiB)  synthesised, read-only
 //!                               └▶ volume     [1 MiB, ..) ─▶ XTS ─▶ backing file (LUKS2)
-//!  warden ──SEQPACKET──▶ control ─▶ grant (HPKE) ─▶ format: open the volume, or make it
+//!  warden ──SEQPACKET──▶ control ─▶ grant (HPKE) ─▶ format: open the volume, or make it ─▶ late
 //! ```
 //!
 //! | module | what |
@@ -15,6 +15,7 @@
 //! | [`format`] | a new volume, safe against crashes |
 //! | [`identity`], [`grant`] | what the guest becomes; what the KMS released |
 //! | [`fuse`], [`bucket`] | serving the file; rate limits (DSK-5) |
+//! | [`late`] | the file while there is no volume yet |
 //! | [`sandbox`] | Landlock without rights, seccomp |
 //!
 //! Must never: open a path or a socket, hold a key outside secret memory, write plaintext or the
@@ -30,6 +31,7 @@ pub mod format;
 pub mod fuse;
 pub mod grant;
 pub mod identity;
+pub mod late;
 pub mod limits;
 pub mod luks1;
 pub mod luks2;

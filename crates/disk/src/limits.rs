@@ -51,6 +51,10 @@ pub const RANGES_MAX: usize = 8;
 /// Requests that the kernel may have under way at once.
 pub const BACKGROUND_MAX: u16 = 64;
 
+/// After so many bytes written the kernel is asked to begin writing them to the disk: then a flush
+/// has little left to wait for, and one workspace holds little of the host's unwritten memory.
+pub const WRITE_OUT_BYTES: u64 = 8 << 20;
+
 /// How much of a second a rate limit may be ahead, ns. At most one second (DSK-5).
 pub const BURST_NS: u64 = 100_000_000;
 /// Allowed limits of bandwidth, bytes/s.
@@ -77,16 +81,18 @@ const _: () = assert!((IDENTITY_MAX_BYTES as u64) < VOLUME_OFFSET_BYTES);
 const _: () = assert!(BURST_NS <= 1_000_000_000);
 const _: () = assert!(WORKERS <= RANGES_MAX);
 
-/// Descriptors that the process is started with.
+/// Descriptors: first those that the process is started with.
 pub const STDERR_FD: i32 = 2;
 /// The socketpair to warden.
 pub const CONTROL_FD: i32 = 3;
-/// The backing file.
-pub const BACKING_FD: i32 = 4;
 /// `/dev/fuse`, with the mount.
-pub const FUSE_FD: i32 = 5;
-/// The template of a new volume; may be absent.
-pub const TEMPLATE_FD: i32 = 6;
+pub const FUSE_FD: i32 = 4;
 /// Another open `/dev/fuse`, joined to the mount (`FUSE_DEV_IOC_CLONE`) or to be: the second
 /// worker's own queue. May be absent.
-pub const FUSE_CLONE_FD: i32 = 7;
+pub const FUSE_CLONE_FD: i32 = 5;
+/// The backing file. Sent by warden, as is what follows; the numbers are the lowest that are free.
+pub const BACKING_FD: i32 = 6;
+/// The template of a new volume; may be absent.
+pub const TEMPLATE_FD: i32 = 7;
+/// Most descriptors that come with one message.
+pub const SENT_FDS_MAX: usize = 4;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use api::agent::VOLUME_OFFSET_BYTES;
 
 use crate::backing::Backing;
+use crate::fuse::Content;
 use crate::identity::Identity;
 use crate::volume::Volume;
 
@@ -34,17 +35,26 @@ impl<B: Backing> Object<B> {
         }
     }
 
-    /// Its size, bytes.
-    #[must_use]
-    pub fn size_bytes(&self) -> u64 {
+    /// The volume's offset of a range that may be changed.
+    fn in_volume(&self, offset: u64, len: u64) -> io::Result<u64> {
+        let errno = |code| Err(io::Error::from_raw_os_error(code));
+        match (
+            offset.checked_sub(VOLUME_OFFSET_BYTES),
+            offset.checked_add(len),
+        ) {
+            (None, _) => errno(libc::EPERM),
+            (Some(offset), Some(end)) if end <= self.size_bytes() => Ok(offset),
+            _ => errno(libc::EFBIG),
+        }
+    }
+}
+
+impl<B: Backing> Content for Object<B> {
+    fn size_bytes(&self) -> u64 {
         VOLUME_OFFSET_BYTES + self.volume.size_bytes()
     }
 
-    /// Fills `buf` from `offset` and answers how much there was before the end.
-    ///
-    /// # Errors
-    /// The backing file's.
-    pub fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+    fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
         let left = self.size_bytes().saturating_sub(offset);
         let n = usize::try_from(left).map_or(buf.len(), |left| left.min(buf.len()));
         let in_identity = VOLUME_OFFSET_BYTES.saturating_sub(offset);
@@ -60,42 +70,19 @@ impl<B: Backing> Object<B> {
         Ok(n)
     }
 
-    /// Writes `data`, which holds ciphertext afterwards.
-    ///
-    /// # Errors
-    /// `EPERM` in the identity area, `EFBIG` beyond the end; the backing file's.
-    pub fn write(&self, offset: u64, data: &mut [u8]) -> io::Result<()> {
+    /// `EPERM` in the identity area, `EFBIG` beyond the end. `data` holds ciphertext afterwards.
+    fn write(&self, offset: u64, data: &mut [u8]) -> io::Result<()> {
         let offset = self.in_volume(offset, data.len() as u64)?;
         self.volume.write(offset, data)
     }
 
-    /// Makes a range zeros, and its whole sectors holes.
-    ///
-    /// # Errors
-    /// Like [`Object::write`].
-    pub fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
+    /// Whole sectors become holes.
+    fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
         let offset = self.in_volume(offset, len)?;
         self.volume.zero(offset, len)
     }
 
-    /// Makes all that was written durable.
-    ///
-    /// # Errors
-    /// The backing file's; see [`Volume::sync`].
-    pub fn sync(&self) -> io::Result<()> {
+    fn sync(&self) -> io::Result<()> {
         self.volume.sync()
-    }
-
-    /// The volume's offset of a range that may be changed.
-    fn in_volume(&self, offset: u64, len: u64) -> io::Result<u64> {
-        let errno = |code| Err(io::Error::from_raw_os_error(code));
-        match (
-            offset.checked_sub(VOLUME_OFFSET_BYTES),
-            offset.checked_add(len),
-        ) {
-            (None, _) => errno(libc::EPERM),
-            (Some(offset), Some(end)) if end <= self.size_bytes() => Ok(offset),
-            _ => errno(libc::EFBIG),
-        }
     }
 }

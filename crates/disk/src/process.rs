@@ -1,11 +1,11 @@
 //! The process: from its start to its end.
 //!
 //! ```text
-//! secret heap ─▶ hello ─▶ sandbox ─▶ grant ─▶ open or format ─▶ ready ─▶ serve ─▶ close: sync, exit
+//! secret heap ─▶ sandbox ─▶ serve nothing ─▶ hello ─▶ files ─▶ grant ─▶ open or format ─▶ ready
+//!   ─▶ serve the volume ─▶ close: sync, exit
 //! ```
 
 use std::fs::File;
-use std::ops::RangeInclusive;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, mpsc};
 use std::thread;
@@ -19,9 +19,10 @@ use crate::DiskError;
 use crate::bucket::Limiter;
 use crate::control::Control;
 use crate::format::open_or_format;
-use crate::fuse::{End, Serving, Worker};
+use crate::fuse::{Content as _, End, Serving, Worker};
 use crate::grant::{self, Grant};
 use crate::identity::Identity;
+use crate::late::Late;
 use crate::limits::{
     BACKING_FD, BYTES_PER_S, CONTROL_FD, FUSE_CLONE_FD, FUSE_FD, OPS_PER_S, SECRET_HEAP_BYTES,
     TEMPLATE_FD, VOLUME_MAX_MB, WORKERS,
@@ -29,54 +30,31 @@ use crate::limits::{
 use crate::object::Object;
 use crate::sandbox;
 
-/// Public numbers, from the command line.
+/// From the command line: nothing that is a workspace's.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Arguments {
-    /// Size of the volume, MiB.
-    pub size_mb: u32,
-    /// Bandwidth, bytes/s.
-    pub bytes_per_s: u64,
-    /// Operations/s.
-    pub ops_per_s: u64,
     /// Who may open the file; without it, whom the mount lets in (one uid, as warden made it).
     pub uid: Option<u32>,
 }
 
 impl Arguments {
-    /// Reads `--size-mb N --bytes-per-s N --ops-per-s N`, and perhaps `--uid N`, each once.
+    /// Reads nothing, or `--uid N`.
     ///
     /// # Errors
     /// [`DiskError::Protocol`], naming the argument.
     pub fn parse(args: impl IntoIterator<Item = String>) -> Result<Self, DiskError> {
-        const NAMES: [&str; 4] = ["--size-mb", "--bytes-per-s", "--ops-per-s", "--uid"];
         let wrong = |subject, why| DiskError::Protocol { subject, why };
-        let mut values = [None; NAMES.len()];
         let mut args = args.into_iter();
-        while let Some(name) = args.next() {
-            let at = NAMES.iter().position(|known| *known == name).ok_or(wrong(
-                "arguments",
-                "only --size-mb, --bytes-per-s, --ops-per-s, --uid",
-            ))?;
-            let value = args.next().and_then(|value| value.parse::<u64>().ok());
-            let value = value.ok_or(wrong(NAMES[at], "needs a number"))?;
-            if values[at].replace(value).is_some() {
-                return Err(wrong(NAMES[at], "given twice"));
-            }
+        let uid = match args.next().as_deref() {
+            None => return Ok(Self { uid: None }),
+            Some("--uid") => args.next().and_then(|uid| uid.parse::<u32>().ok()),
+            Some(_) => return Err(wrong("arguments", "only --uid")),
+        };
+        match (uid, args.next()) {
+            (None | Some(u32::MAX), _) => Err(wrong("--uid", "needs the number of a user")),
+            (_, Some(_)) => Err(wrong("arguments", "only --uid")),
+            (uid, None) => Ok(Self { uid }),
         }
-        let optional = |at: usize, allowed: RangeInclusive<u64>| match values[at] {
-            Some(value) if !allowed.contains(&value) => Err(wrong(NAMES[at], "out of bounds")),
-            value => Ok(value),
-        };
-        let value = |at: usize, allowed: RangeInclusive<u64>| {
-            optional(at, allowed)?.ok_or(wrong(NAMES[at], "missing"))
-        };
-        let narrow = |value: u64| u32::try_from(value).expect("its bound fits");
-        Ok(Self {
-            size_mb: narrow(value(0, 1..=u64::from(VOLUME_MAX_MB))?),
-            bytes_per_s: value(1, BYTES_PER_S)?,
-            ops_per_s: value(2, OPS_PER_S)?,
-            uid: optional(3, 0..=u64::from(u32::MAX - 1))?.map(narrow),
-        })
     }
 }
 
@@ -92,10 +70,7 @@ pub fn run(args: impl IntoIterator<Item = String>) -> Result<(), DiskError> {
     let inherited = Inherited::take()?;
     let control = Control::new(inherited.control);
     let key = SecretKey::generate();
-    control.send(&FromDisk::Hello {
-        hpke_pub: key.public().to_hex(),
-    })?;
-    let result = confined(&arguments, &control, inherited.files, &key);
+    let result = confined(&arguments, &control, inherited.fuse, &key);
     if let Err(error) = &result {
         control.send(&FromDisk::Failed {
             code: error.code(),
@@ -109,66 +84,114 @@ pub fn run(args: impl IntoIterator<Item = String>) -> Result<(), DiskError> {
 fn confined(
     arguments: &Arguments,
     control: &Control,
-    files: Files,
+    fuse: [Arc<File>; WORKERS],
     key: &SecretKey,
 ) -> Result<(), DiskError> {
-    let mut threads = Vec::with_capacity(WORKERS);
-    for _ in 0..WORKERS {
-        threads.push(start_worker()?);
+    let limiter = Limiter::new(*BYTES_PER_S.end(), *OPS_PER_S.end());
+    let serving = Arc::new(Serving::new(arguments.uid, limiter));
+    let content = Late::<Object<File>>::default();
+    for device in fuse {
+        start_worker(device, content.clone(), Arc::clone(&serving))?;
     }
     sandbox::enter()?;
+    control.send(&FromDisk::Hello {
+        hpke_pub: key.public().to_hex(),
+    })?;
 
+    let Some(files) = receive_files(control)? else {
+        return Ok(());
+    };
     let Some(opened) = receive_grant(control, key)? else {
         return Ok(());
     };
-    let object = open(arguments, files.backing, files.template, &opened)?;
+    serving.limit(files.bytes_per_s, files.ops_per_s);
+    let object = open(files, &opened)?;
     drop(opened);
-
-    let limiter = Limiter::new(arguments.bytes_per_s, arguments.ops_per_s);
-    let serving = Arc::new(Serving::new(arguments.uid, limiter));
+    content.begin(object.clone());
     control.send(&FromDisk::Ready {
         size_bytes: object.size_bytes(),
     })?;
-    for (thread, device) in threads.iter().zip(files.fuse) {
-        let work = Work {
-            worker: Worker::new(device, object.clone(), Arc::clone(&serving)),
-            object: object.clone(),
-            serving: Arc::clone(&serving),
-        };
-        thread
-            .send(work)
-            .expect("a worker waits for its work or has ended the process");
-    }
     let asked = control.receive();
     serving
         .close(&object)
         .map_err(DiskError::io("syncing the volume"))?;
     match asked? {
         None | Some(ToDisk::Close) => Ok(()),
-        Some(ToDisk::Grant { .. }) => Err(DiskError::Protocol {
-            subject: "message from warden",
-            why: "a second grant",
-        }),
+        Some(_) => Err(out_of_turn()),
     }
 }
 
 /// The file that the opened grant is for.
-fn open(
-    arguments: &Arguments,
-    backing: File,
-    template: Option<File>,
-    opened: &Opened,
-) -> Result<Object<File>, DiskError> {
+fn open(files: Files, opened: &Opened) -> Result<Object<File>, DiskError> {
     let grant = Grant::parse(&opened.grant)?;
-    let size_bytes = u64::from(arguments.size_mb) << 20;
+    let size_bytes = u64::from(files.size_mb) << 20;
     let volume = open_or_format(
-        backing,
-        template.as_ref(),
+        files.backing,
+        None,
+        files.template.as_ref(),
         &grant,
         opened.format,
         size_bytes,
     )?;
     Ok(Object::new(Identity::new(&grant)?, volume))
+}
+
+/// What warden sent for the workspace that this process is to serve.
+struct Files {
+    backing: File,
+    template: Option<File>,
+    size_mb: u32,
+    bytes_per_s: u64,
+    ops_per_s: u64,
+}
+
+/// Waits for the files; `None` if the process is to end instead.
+fn receive_files(control: &Control) -> Result<Option<Files>, DiskError> {
+    let wrong = |subject, why| Err(DiskError::Protocol { subject, why });
+    let (size_mb, bytes_per_s, ops_per_s, fds) = match control.receive_with_fds()? {
+        None | Some((ToDisk::Close, _)) => return Ok(None),
+        Some((
+            ToDisk::Open {
+                size_mb,
+                bytes_per_s,
+                ops_per_s,
+            },
+            fds,
+        )) => (size_mb, bytes_per_s, ops_per_s, fds),
+        Some((ToDisk::Grant { .. }, _)) => return Err(out_of_turn()),
+    };
+    // The sandbox knows files by these numbers.
+    let numbers: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+    if !matches!(numbers[..], [BACKING_FD] | [BACKING_FD, TEMPLATE_FD]) {
+        return wrong("files", "must be one or two");
+    }
+    if !(1..=VOLUME_MAX_MB).contains(&size_mb) {
+        return wrong("size_mb", "out of bounds");
+    }
+    if !BYTES_PER_S.contains(&bytes_per_s) {
+        return wrong("bytes_per_s", "out of bounds");
+    }
+    if !OPS_PER_S.contains(&ops_per_s) {
+        return wrong("ops_per_s", "out of bounds");
+    }
+    let mut fds = fds.into_iter().map(File::from);
+    let Some(backing) = fds.next() else {
+        return wrong("files", "none");
+    };
+    Ok(Some(Files {
+        backing,
+        template: fds.next(),
+        size_mb,
+        bytes_per_s,
+        ops_per_s,
+    }))
+}
+
+fn out_of_turn() -> DiskError {
+    DiskError::Protocol {
+        subject: "message from warden",
+        why: "out of turn",
+    }
 }
 
 /// A grant that was sealed to this process.
@@ -189,23 +212,20 @@ fn receive_grant(control: &Control, key: &SecretKey) -> Result<Option<Opened>, D
             grant: grant::open(key, &sealed, &aad)?,
             format,
         })),
+        Some(ToDisk::Open { .. }) => Err(out_of_turn()),
     }
 }
 
-/// What a worker's thread gets once the volume is open.
-struct Work {
-    worker: Worker<File>,
-    object: Object<File>,
+/// Starts a thread that serves, inside its sandbox before anything comes from outside.
+fn start_worker(
+    device: Arc<File>,
+    content: Late<Object<File>>,
     serving: Arc<Serving>,
-}
-
-/// A thread in its sandbox, waiting for its work.
-fn start_worker() -> Result<mpsc::Sender<Work>, DiskError> {
+) -> Result<(), DiskError> {
     let ended = |why: String| DiskError::Sandbox {
         operation: "thread",
         why,
     };
-    let (work_in, work) = mpsc::channel::<Work>();
     let (confined_in, confined) = mpsc::channel();
     thread::Builder::new()
         .name("fuse".to_owned())
@@ -215,23 +235,21 @@ fn start_worker() -> Result<mpsc::Sender<Work>, DiskError> {
             if confined_in.send(entered).is_err() || failed {
                 return;
             }
-            if let Ok(work) = work.recv() {
-                serve(work);
-            }
+            let worker = Worker::new(device, content.clone(), Arc::clone(&serving));
+            serve(worker, &content, &serving);
         })
         .map_err(|why| ended(why.to_string()))?;
-    confined.recv().map_err(|why| ended(why.to_string()))??;
-    Ok(work_in)
+    confined.recv().map_err(|why| ended(why.to_string()))?
 }
 
 /// Serves until the mount is gone; then there is nothing left to do for the whole process.
-fn serve(mut work: Work) {
-    let result = match work.worker.serve() {
+fn serve(mut worker: Worker<Late<Object<File>>>, content: &Late<Object<File>>, serving: &Serving) {
+    let result = match worker.serve() {
         Ok(End::Closed) => return, // Whoever closed it ends the process.
         Ok(End::MountGone) => Ok(()),
         Err(error) => Err(error),
     };
-    let code = match result.and(work.serving.close(&work.object)) {
+    let code = match result.and(serving.close(content)) {
         Ok(()) => 0,
         Err(error) => {
             eprintln!("casemate-disk: serving: {error}");
@@ -256,14 +274,8 @@ fn abort_on_panic() {
 /// What warden started the process with.
 struct Inherited {
     control: OwnedFd,
-    files: Files,
-}
-
-struct Files {
-    backing: File,
-    /// The worker's queues: the same one twice if there is but one.
+    /// The workers' queues: the same one twice if there is but one.
     fuse: [Arc<File>; WORKERS],
-    template: Option<File>,
 }
 
 impl Inherited {
@@ -275,20 +287,18 @@ impl Inherited {
             why: "missing",
         };
         let control = take_fd(CONTROL_FD).ok_or(missing("descriptor 3 (control)"))?;
-        let backing = take_fd(BACKING_FD).ok_or(missing("descriptor 4 (backing file)"))?;
-        let fuse = take_fd(FUSE_FD).ok_or(missing("descriptor 5 (/dev/fuse)"))?;
-        let second = take_fd(FUSE_CLONE_FD)
-            .map(|fd| join_queue(fd, &fuse))
-            .transpose()?;
-        let fuse = Arc::new(File::from(fuse));
-        let second = second.unwrap_or_else(|| Arc::clone(&fuse));
-        let template = take_fd(TEMPLATE_FD).map(File::from);
-        let files = Files {
-            backing: File::from(backing),
-            fuse: [fuse, second],
-            template,
+        let fuse = take_fd(FUSE_FD).ok_or(missing("descriptor 4 (/dev/fuse)"))?;
+        let second = match take_fd(FUSE_CLONE_FD) {
+            Some(fd) => join_queue(fd, &fuse)?,
+            // The same queue: its number must not be free, for the files that are sent.
+            None => rustix::io::fcntl_dupfd_cloexec(&fuse, FUSE_CLONE_FD)
+                .map(|fd| Arc::new(File::from(fd)))
+                .map_err(|why| DiskError::io::<std::io::Error>("copying /dev/fuse")(why.into()))?,
         };
-        Ok(Self { control, files })
+        Ok(Self {
+            control,
+            fuse: [Arc::new(File::from(fuse)), second],
+        })
     }
 }
 
@@ -334,46 +344,19 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
-    fn parse(text: &str) -> Result<Arguments, DiskError> {
-        Arguments::parse(text.split_whitespace().map(str::to_owned))
-    }
-
     #[test]
-    fn arguments_come_once_each_and_within_bounds() {
-        let text = "--size-mb 64 --bytes-per-s 65536 --ops-per-s 1 --uid 910000";
-        let want = Arguments {
-            size_mb: 64,
-            bytes_per_s: 65536,
-            ops_per_s: 1,
-            uid: Some(910_000),
-        };
-        assert_eq!(parse(text).unwrap(), want);
-        let anybody = parse(text.split(" --uid").next().unwrap()).unwrap();
-        assert_eq!(anybody, Arguments { uid: None, ..want });
-        for (from, to, named) in [
-            ("--size-mb 64", "", "--size-mb: missing"),
-            ("--size-mb 64", "--size-mb 0", "--size-mb: out of bounds"),
-            (
-                "--size-mb 64",
-                "--size-mb 999999999",
-                "--size-mb: out of bounds",
-            ),
-            ("--size-mb 64", "--size-mb -1", "--size-mb: needs a number"),
-            (
-                "--ops-per-s 1",
-                "--ops-per-s 1 --ops-per-s 1",
-                "--ops-per-s: given twice",
-            ),
-            (
-                "--bytes-per-s 65536",
-                "--bytes-per-s 1",
-                "--bytes-per-s: out of bounds",
-            ),
-            ("--uid 910000", "--uid 4294967295", "--uid: out of bounds"),
-            ("--uid 910000", "--uid", "--uid: needs a number"),
-            ("--uid 910000", "--key 1", "arguments: only"),
+    fn nothing_but_a_user_is_taken_from_the_command_line() {
+        let parse = |text: &str| Arguments::parse(text.split_whitespace().map(str::to_owned));
+        assert_eq!(parse("").unwrap().uid, None);
+        assert_eq!(parse("--uid 910000").unwrap().uid, Some(910_000));
+        for (text, named) in [
+            ("--uid 4294967295", "--uid: needs"),
+            ("--uid -1", "--uid: needs"),
+            ("--uid", "--uid: needs"),
+            ("--uid 1 --uid 1", "arguments: only"),
+            ("--key 1", "arguments: only"),
         ] {
-            let error = parse(&text.replace(from, to)).unwrap_err().to_string();
+            let error = parse(text).unwrap_err().to_string();
             assert!(error.starts_with(named), "{error}");
         }
     }

@@ -78,10 +78,11 @@ const ALLOWED: &[(libc::c_long, When)] = &[
     (libc::SYS_pwrite64, When::Fd(&[BACKING_FD])),
     (libc::SYS_fallocate, When::Fd(&[BACKING_FD])), // Holes.
     (libc::SYS_ftruncate, When::Fd(&[BACKING_FD])), // A new or larger volume.
+    (libc::SYS_sync_file_range, When::Fd(&[BACKING_FD])), // Written data begins to go out.
     (libc::SYS_fdatasync, When::Fd(&[BACKING_FD])),
     (libc::SYS_lseek, When::Fd(&[BACKING_FD, TEMPLATE_FD])), // Length; where the data is.
     // Warden.
-    (libc::SYS_recvfrom, When::Fd(&[CONTROL_FD])),
+    (libc::SYS_recvmsg, When::Fd(&[CONTROL_FD])), // With the backing file and the template.
     (libc::SYS_sendto, When::Fd(&[CONTROL_FD])),
     (libc::SYS_close, When::Always), // The template, when it is copied.
     (libc::SYS_fcntl, When::GetFd),  // The standard library's check before it, in debug builds.

@@ -4,8 +4,9 @@
 #![allow(unsafe_code)] // Handing descriptors to a child under fixed numbers.
 
 use std::fs::File;
-use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command};
@@ -15,7 +16,10 @@ use api::disk::{FromDisk, ToDisk};
 use base64::Engine as _;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
+use rustix::net::{
+    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags,
+    SocketType,
+};
 
 const UID: u32 = 900_123;
 const DISK_UID: u32 = 910_123;
@@ -41,7 +45,7 @@ struct Plan {
     disk_key: [u8; 32],
 }
 
-/// What descriptor 7 is.
+/// What descriptor 5 is.
 #[derive(Clone, Copy)]
 enum SecondQueue {
     None,
@@ -62,7 +66,7 @@ impl Default for Plan {
 }
 
 impl Disk {
-    fn spawn(backing: &File, template: Option<&File>, plan: &Plan) -> Self {
+    fn spawn(plan: &Plan) -> Self {
         let kind = SocketType::SEQPACKET;
         let (control, theirs) =
             rustix::net::socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None).unwrap();
@@ -75,19 +79,11 @@ impl Disk {
         };
         let given = [
             (3, theirs.as_raw_fd()),
-            (4, backing.as_raw_fd()),
-            (5, fuse.as_raw_fd()),
-            (6, template.map_or(-1, AsRawFd::as_raw_fd)),
-            (7, second.as_ref().map_or(-1, AsRawFd::as_raw_fd)),
+            (4, fuse.as_raw_fd()),
+            (5, second.as_ref().map_or(-1, AsRawFd::as_raw_fd)),
         ];
         let mut command = Command::new(env!("CARGO_BIN_EXE_casemate-disk"));
         command
-            .arg("--size-mb")
-            .arg(SIZE_MB.to_string())
-            .arg("--bytes-per-s")
-            .arg(plan.bytes_per_s.to_string())
-            .arg("--ops-per-s")
-            .arg(plan.ops_per_s.to_string())
             .arg("--uid")
             .arg(UID.to_string())
             .uid(DISK_UID)
@@ -117,10 +113,11 @@ impl Disk {
 
     /// Spawned and granted its key; its answer.
     fn start(backing: &File, template: Option<&File>, plan: &Plan) -> (Self, FromDisk) {
-        let disk = Self::spawn(backing, template, plan);
+        let disk = Self::spawn(plan);
         let FromDisk::Hello { hpke_pub } = disk.receive() else {
             panic!("no hello")
         };
+        disk.send_files(backing, template, plan);
         disk.send(&grant(&hpke_pub, plan));
         let answer = disk.receive();
         (disk, answer)
@@ -138,6 +135,25 @@ impl Disk {
     fn send(&self, message: &ToDisk) {
         let text = serde_json::to_vec(message).unwrap();
         rustix::net::send(self.control(), &text, SendFlags::NOSIGNAL).unwrap();
+    }
+
+    fn send_files(&self, backing: &File, template: Option<&File>, plan: &Plan) {
+        let text = serde_json::to_vec(&ToDisk::Open {
+            size_mb: SIZE_MB.try_into().unwrap(),
+            bytes_per_s: plan.bytes_per_s,
+            ops_per_s: plan.ops_per_s,
+        })
+        .unwrap();
+        let files: Vec<_> = [Some(backing), template]
+            .into_iter()
+            .flatten()
+            .map(AsFd::as_fd)
+            .collect();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+        let mut with = SendAncillaryBuffer::new(&mut space);
+        assert!(with.push(SendAncillaryMessage::ScmRights(&files)));
+        let (to, text) = (self.control(), [IoSlice::new(&text)]);
+        rustix::net::sendmsg(to, &text, &mut with, SendFlags::NOSIGNAL).unwrap();
     }
 
     fn control(&self) -> &OwnedFd {
@@ -379,6 +395,70 @@ fn the_file_is_opened_once_and_by_its_owner_only() {
 }
 
 #[test]
+fn without_a_volume_the_file_is_empty_and_then_it_is_there() {
+    let backing = tempfile::tempfile().unwrap();
+    let disk = Disk::spawn(&fresh());
+    let FromDisk::Hello { hpke_pub } = disk.receive() else {
+        panic!("no hello")
+    };
+    let file = disk.open().unwrap();
+    let len = |file: &File| {
+        let file = file.try_clone().unwrap();
+        as_uid(UID, move || {
+            rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).unwrap()
+        })
+    };
+    let errno = |result: io::Result<()>| result.unwrap_err().raw_os_error();
+    assert_eq!(len(&file), 0);
+    assert_eq!(errno(file.write_all_at(b"x", 0)), Some(libc::EIO));
+    assert_eq!(errno(file.read_exact_at(&mut [0; 8], 0)), Some(libc::EIO));
+    disk.send_files(&backing, None, &fresh());
+    assert_eq!(errno(file.write_all_at(b"x", VOLUME)), Some(libc::EIO));
+    disk.send(&grant(&hpke_pub, &fresh()));
+    assert!(matches!(disk.receive(), FromDisk::Ready { .. }));
+    assert_eq!(len(&file), VOLUME + (SIZE_MB << 20));
+    file.write_all_at(b"x", VOLUME).unwrap();
+    assert_eq!(read(&file, VOLUME, 1), b"x");
+    drop(file);
+    disk.close();
+}
+
+#[test]
+fn messages_out_of_turn_or_without_files_end_the_process() {
+    for files in [0, 3] {
+        let file = tempfile::tempfile().unwrap();
+        let mut disk = Disk::spawn(&fresh());
+        assert!(matches!(disk.receive(), FromDisk::Hello { .. }));
+        if files == 0 {
+            disk.send(&ToDisk::Open {
+                size_mb: 64,
+                bytes_per_s: 1 << 30,
+                ops_per_s: 1000,
+            });
+        } else {
+            let wrong = Plan {
+                ops_per_s: 0,
+                ..fresh()
+            };
+            disk.send_files(&file, None, &wrong);
+        }
+        let FromDisk::Failed { message, .. } = disk.receive() else {
+            panic!("{files}")
+        };
+        let named = if files == 0 { "files" } else { "ops_per_s" };
+        assert!(message.starts_with(named), "{message}");
+        assert!(!wait(&mut disk.child).success());
+    }
+    let mut disk = Disk::spawn(&fresh());
+    let FromDisk::Hello { hpke_pub } = disk.receive() else {
+        panic!("no hello")
+    };
+    disk.send(&grant(&hpke_pub, &fresh()));
+    assert!(matches!(disk.receive(), FromDisk::Failed { .. }));
+    assert!(!wait(&mut disk.child).success());
+}
+
+#[test]
 fn discarded_ranges_are_zeros_and_take_no_space() {
     let backing = tempfile::tempfile().unwrap();
     let disk = Disk::started(&backing, None, &fresh());
@@ -438,10 +518,11 @@ fn failures_have_their_code_and_end_the_process() {
     assert_eq!(failed(&blank, &fresh(), Some(&huge)), DiskCorrupt);
     assert!(blank.metadata().unwrap().len() == 0 || !holds(&blank, b"LUKS\xba\xbe"));
 
-    let disk = Disk::spawn(&backing, None, &Plan::default());
+    let disk = Disk::spawn(&Plan::default());
     let FromDisk::Hello { .. } = disk.receive() else {
         panic!("no hello")
     };
+    disk.send_files(&backing, None, &Plan::default());
     let stranger = seal::hpke::SecretKey::generate().public().to_hex();
     disk.send(&grant(&stranger, &Plan::default()));
     let FromDisk::Failed { code, .. } = disk.receive() else {
@@ -512,7 +593,7 @@ fn it_serves_inside_its_sandbox() {
         .map(|fd| fd.unwrap().file_name().into_string().unwrap())
         .collect();
     open.sort();
-    assert_eq!(open, ["0", "1", "2", "3", "4", "5", "7"]);
+    assert_eq!(open, ["0", "1", "2", "3", "4", "5", "6"]);
     disk.close();
 }
 

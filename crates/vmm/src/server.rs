@@ -234,9 +234,13 @@ impl<V: Vmm> Server<V> {
             Role::Warden => {
                 let fd = c.fd.take();
                 match request::<WardenOp>(frame) {
-                    Ok((id, WardenOp::DiskFd { size_bytes })) => {
-                        let kept = check_disk(fd, size_bytes)
-                            .and_then(|fd| self.vm.disk_keep(fd, size_bytes));
+                    Ok((id, op)) => {
+                        let kept = match op {
+                            WardenOp::DiskFd => disk_fd(fd).and_then(|fd| self.vm.disk_keep(fd)),
+                            WardenOp::DiskReady { size_bytes } => {
+                                check_size(size_bytes).and_then(|()| self.vm.disk_ready(size_bytes))
+                            }
+                        };
                         let to = ReplyTo {
                             connection: number,
                             request: id,
@@ -350,18 +354,20 @@ fn request<T: serde::de::DeserializeOwned>(frame: &[u8]) -> Result<(u64, T), (u6
     Ok((request.id, request.body))
 }
 
-/// Whether what warden sent can be a disk. Its attributes can't be asked for: the file answers
-/// the VMM's user only. The size is warden's word, which has it from the disk process.
-fn check_disk(fd: Option<OwnedFd>, size_bytes: u64) -> Result<OwnedFd, Error> {
-    let wrong = |why: String| Error::new(ErrorCode::ValidationError, why);
-    let fd = fd.ok_or_else(|| wrong("disk_fd came without a descriptor".into()))?;
-    if !(DISK_MIN_BYTES..=DISK_MAX_BYTES).contains(&size_bytes) || !size_bytes.is_multiple_of(4096)
-    {
-        return Err(wrong(format!(
-            "size_bytes must be a multiple of 4096 from {DISK_MIN_BYTES} to {DISK_MAX_BYTES}"
-        )));
+/// The disk's file. Its attributes can't be asked for: it answers the VMM's user only.
+fn disk_fd(fd: Option<OwnedFd>) -> Result<OwnedFd, Error> {
+    let why = "disk_fd came without a descriptor";
+    fd.ok_or_else(|| Error::new(ErrorCode::ValidationError, why))
+}
+
+/// Whether it can be a disk's size: warden's word, which has it from the disk process.
+fn check_size(size_bytes: u64) -> Result<(), Error> {
+    if (DISK_MIN_BYTES..=DISK_MAX_BYTES).contains(&size_bytes) && size_bytes.is_multiple_of(4096) {
+        return Ok(());
     }
-    Ok(fd)
+    let why =
+        format!("size_bytes must be a multiple of 4096 from {DISK_MIN_BYTES} to {DISK_MAX_BYTES}");
+    Err(Error::new(ErrorCode::ValidationError, why))
 }
 
 #[cfg(test)]

@@ -128,7 +128,7 @@ fn i17_what_is_no_request_is_refused() {
         frame(r#"{"v":2,"id":5,"request_id":"","body":{"op":"status"}}"#),
         body(r#"{"op":"human-monitor-command"}"#),
         body(r#"{"op":"shutdown","grace_ms":1,"signal":9}"#),
-        body(r#"{"op":"disk_fd","size_bytes":4194304}"#),
+        body(r#"{"op":"disk_fd"}"#),
     ] {
         let mut s = w.connect("host");
         let r = w.exchange(&mut s, &bad).unwrap();
@@ -146,9 +146,9 @@ fn a_disk_comes_by_wardens_socket_and_is_looked_at() {
     let mut w = world();
     let file = tempfile::tempfile().unwrap();
     file.set_len(4 << 20).unwrap();
-    let give = |w: &mut World, fd: Option<BorrowedFd<'_>>, size: u64| {
+    let give = |w: &mut World, fd: Option<BorrowedFd<'_>>, request: &str| {
         let mut s = w.connect("warden");
-        let request = body(&format!(r#"{{"op":"disk_fd","size_bytes":{size}}}"#));
+        let request = body(request);
         if let Some(fd) = fd {
             send_fd(&s, &request, fd);
             w.exchange(&mut s, b"").unwrap()
@@ -156,18 +156,22 @@ fn a_disk_comes_by_wardens_socket_and_is_looked_at() {
             w.exchange(&mut s, &request).unwrap()
         }
     };
-    for (fd, size) in [
-        (None, 4 << 20),
-        (Some(file.as_fd()), 0),
-        (Some(file.as_fd()), (4 << 20) + 512),
-        (Some(file.as_fd()), u64::MAX),
-    ] {
-        let r = give(&mut w, fd, size);
+    let ready = |size: u64| format!(r#"{{"op":"disk_ready","size_bytes":{size}}}"#);
+    let keep = r#"{"op":"disk_fd"}"#;
+    let r = give(&mut w, None, &ready(4 << 20));
+    assert_eq!(r.err.unwrap().code, ErrorCode::Conflict, "no file yet");
+    let r = give(&mut w, None, keep);
+    assert_eq!(r.err.unwrap().code, ErrorCode::ValidationError);
+    assert!(give(&mut w, Some(file.as_fd()), keep).ok.is_some());
+    for size in [0, (4 << 20) + 512, u64::MAX] {
+        let r = give(&mut w, None, &ready(size));
         assert_eq!(r.err.unwrap().code, ErrorCode::ValidationError, "{size}");
     }
-    assert!(give(&mut w, Some(file.as_fd()), 4 << 20).ok.is_some());
-    let r = give(&mut w, Some(file.as_fd()), 4 << 20);
-    assert_eq!(r.err.unwrap().code, ErrorCode::Conflict);
+    assert!(give(&mut w, None, &ready(4 << 20)).ok.is_some());
+    for (fd, request) in [(Some(file.as_fd()), keep.into()), (None, ready(4 << 20))] {
+        let r = give(&mut w, fd, &request);
+        assert_eq!(r.err.unwrap().code, ErrorCode::Conflict);
+    }
 }
 
 #[test]

@@ -87,7 +87,8 @@ struct Waiting<T> {
 
 struct Disk {
     fd: OwnedFd,
-    size_bytes: u64,
+    /// Once a volume is behind it.
+    size_bytes: Option<u64>,
 }
 
 impl<V: Vmm, T> Vm<V, T> {
@@ -125,11 +126,11 @@ impl<V: Vmm, T> Vm<V, T> {
         self.answers.push((reply, answer));
     }
 
-    /// Keeps the disk that warden hands over, for the attach.
+    /// Keeps the disk's file that warden hands over, for the attach.
     ///
     /// # Errors
     /// There is one already, or the guest is past its attach.
-    pub fn disk_keep(&mut self, fd: OwnedFd, size_bytes: u64) -> Result<(), Error> {
+    pub fn disk_keep(&mut self, fd: OwnedFd) -> Result<(), Error> {
         if !matches!(
             self.state,
             State::Created | State::Booting | State::Rehearsing | State::Pooled
@@ -139,8 +140,28 @@ impl<V: Vmm, T> Vm<V, T> {
         if self.disk.is_some() {
             return Err(self.conflict("it has a disk already"));
         }
-        self.disk = Some(Disk { fd, size_bytes });
+        self.disk = Some(Disk {
+            fd,
+            size_bytes: None,
+        });
         Ok(())
+    }
+
+    /// A volume of that size is behind the file now.
+    ///
+    /// # Errors
+    /// There is no file, or it has a volume already.
+    pub fn disk_ready(&mut self, size_bytes: u64) -> Result<(), Error> {
+        match &mut self.disk {
+            Some(Disk {
+                size_bytes: size @ None,
+                ..
+            }) => {
+                *size = Some(size_bytes);
+                Ok(())
+            }
+            _ => Err(self.conflict("no file waits for a volume")),
+        }
     }
 
     /// Takes in what the guest said.
@@ -329,8 +350,9 @@ impl<V: Vmm, T> Vm<V, T> {
         if let Some(e) = refused {
             return self.answers.push((reply, Err(e)));
         }
-        let Some(disk) = self.disk.take() else {
-            let e = self.conflict("no disk was handed over; open the slot's disk first");
+        let ready = self.disk.take_if(|d| d.size_bytes.is_some());
+        let Some((disk, size_bytes)) = ready.and_then(|d| Some((d.fd, d.size_bytes?))) else {
+            let e = self.conflict("no disk is ready; open and grant the slot's disk first");
             return self.answers.push((reply, Err(e)));
         };
         self.wait(reply, now, Duration::from_millis(wait_ms));
@@ -338,7 +360,7 @@ impl<V: Vmm, T> Vm<V, T> {
         let begun = Instant::now();
         if let Err(e) = self
             .vmm
-            .disk_attach(disk.fd.as_fd(), disk.size_bytes)
+            .disk_attach(disk.as_fd(), size_bytes)
             .and_then(|()| self.vmm.cont())
         {
             return self.fail(vmm_error(&e));

@@ -114,7 +114,8 @@ impl World {
 
     fn disk(&mut self) {
         let file = tempfile::tempfile().unwrap();
-        self.vm.disk_keep(file.into(), 1 << 21).unwrap();
+        self.vm.disk_keep(file.into()).unwrap();
+        self.vm.disk_ready(1 << 21).unwrap();
     }
 
     fn ask(&mut self, op: Op) -> Option<Result<Value, Error>> {
@@ -387,12 +388,14 @@ fn a_vmm_that_refuses_is_ended() {
 #[test]
 fn an_attach_needs_a_disk_and_a_bounded_wait() {
     let mut w = World::pooled(How::Template);
+    let file = || tempfile::tempfile().unwrap().into();
     assert_eq!(code(w.ask(attach(1000))), ErrorCode::Conflict);
-    w.disk();
-    assert!(
-        w.vm.disk_keep(tempfile::tempfile().unwrap().into(), 1 << 21)
-            .is_err()
-    );
+    assert!(w.vm.disk_ready(1 << 21).is_err());
+    w.vm.disk_keep(file()).unwrap();
+    assert!(w.vm.disk_keep(file()).is_err());
+    assert_eq!(code(w.ask(attach(1000))), ErrorCode::Conflict, "no volume");
+    w.vm.disk_ready(1 << 21).unwrap();
+    assert!(w.vm.disk_ready(1 << 21).is_err());
     for wait_ms in [0, ATTACH_WAIT_MAX_MS + 1] {
         assert_eq!(code(w.ask(attach(wait_ms))), ErrorCode::ValidationError);
     }
@@ -402,14 +405,15 @@ fn an_attach_needs_a_disk_and_a_bounded_wait() {
 proptest::proptest! {
     /// Whatever comes, in whatever order: no panic, and the state stays one of the drawn ones.
     #[test]
-    fn no_order_of_things_panics(steps in proptest::collection::vec(0u8..14, 0..40)) {
+    fn no_order_of_things_panics(steps in proptest::collection::vec(0u8..15, 0..40)) {
         let mut w = World::new(How::Template);
         for s in steps {
             match s {
                 0 => drop(w.ask(Op::Prepare)),
                 1 => drop(w.say(r#"{"type":"rehearsed"}"#)),
                 2 => drop(w.say(r#"{"type":"up","kernel":"6"}"#)),
-                3 => drop(w.vm.disk_keep(tempfile::tempfile().unwrap().into(), 1 << 21)),
+                3 => drop(w.vm.disk_keep(tempfile::tempfile().unwrap().into())),
+                13 => drop(w.vm.disk_ready(1 << 21)),
                 4 => drop(w.ask(attach(100))),
                 5 => drop(w.ask(Op::Pause)),
                 6 => drop(w.ask(Op::Resume)),

@@ -200,29 +200,33 @@ impl Vm {
             .custom_flags(i32::try_from(rustix::fs::OFlags::DIRECT.bits()).unwrap())
             .open(path)
             .unwrap();
-        let mut s = UnixStream::connect(self.dir.path().join("warden")).unwrap();
-        let request = encode(&Request {
-            v: VERSION,
-            id: 1,
-            request_id: "req_test".into(),
-            body: WardenOp::DiskFd {
-                size_bytes: DISK_BYTES,
-            },
-        })
-        .unwrap();
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut control = SendAncillaryBuffer::new(&mut space);
-        let fds = [file.as_fd()];
-        assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
-        let io = [IoSlice::new(&request)];
-        sendmsg(&s, &io, &mut control, SendFlags::empty()).unwrap();
-        s.set_read_timeout(Some(WAIT)).unwrap();
-        let frame = read_frame(&mut s).unwrap().unwrap();
-        let kept: bool = decode::<Reply<bool>>(&frame)
-            .unwrap()
-            .into_result()
+        let ready = WardenOp::DiskReady {
+            size_bytes: DISK_BYTES,
+        };
+        for (op, fds) in [(WardenOp::DiskFd, vec![file.as_fd()]), (ready, vec![])] {
+            let mut s = UnixStream::connect(self.dir.path().join("warden")).unwrap();
+            let request = encode(&Request {
+                v: VERSION,
+                id: 1,
+                request_id: "req_test".into(),
+                body: op,
+            })
             .unwrap();
-        assert!(kept);
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            if !fds.is_empty() {
+                assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+            }
+            let io = [IoSlice::new(&request)];
+            sendmsg(&s, &io, &mut control, SendFlags::empty()).unwrap();
+            s.set_read_timeout(Some(WAIT)).unwrap();
+            let frame = read_frame(&mut s).unwrap().unwrap();
+            let kept: bool = decode::<Reply<bool>>(&frame)
+                .unwrap()
+                .into_result()
+                .unwrap();
+            assert!(kept);
+        }
     }
 
     fn attach(&self, disk: &Path) -> Up {

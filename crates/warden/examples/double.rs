@@ -104,16 +104,14 @@ fn vmctl() {
     std::thread::spawn(move || {
         for stream in warden.incoming() {
             let stream = stream.unwrap();
-            // The size is a frame of its own read here as one message.
             use std::os::fd::AsFd as _;
             let (_, fds) = warden::jail::recv(stream.as_fd(), 4096).unwrap();
-            let file = File::from(fds.into_iter().next().unwrap());
-            let len = file.metadata().map_or(0, |m| m.len());
             let reply = api::rpc::Reply::new(1, Ok(true));
             api::rpc::blocking::write_frame(&mut &stream, &reply).unwrap();
             // Kept open, as the VMM would.
-            let _ = rustix::fd::IntoRawFd::into_raw_fd(file);
-            let _ = len;
+            for file in fds {
+                let _ = rustix::fd::IntoRawFd::into_raw_fd(file);
+            }
         }
     });
     for stream in host.incoming() {
@@ -140,20 +138,19 @@ fn disk() {
         rustix::net::send(control, text.as_bytes(), rustix::net::SendFlags::empty()).unwrap();
     };
     let hear = || {
-        let mut buffer = vec![0u8; 64 << 10];
-        let (n, _) = rustix::net::recv(
-            control,
-            buffer.as_mut_slice(),
-            rustix::net::RecvFlags::empty(),
-        )
-        .unwrap();
-        String::from_utf8_lossy(&buffer[..n]).into_owned()
+        let (bytes, fds) = warden::jail::recv(control, 64 << 10).unwrap();
+        (String::from_utf8_lossy(&bytes).into_owned(), fds)
     };
+    std::thread::spawn(|| fuse(inherited(4)));
     say(format!(
         r#"{{"type":"hello","hpke_pub":"{}"}}"#,
         "ab".repeat(32)
     ));
-    let grant = hear();
+    let (open, fds) = hear();
+    if !open.contains("open") {
+        return;
+    }
+    let (grant, _) = hear();
     if grant.contains("close") {
         return;
     }
@@ -161,12 +158,11 @@ fn disk() {
         say(r#"{"type":"failed","code":"disk_corrupt","message":"as asked"}"#.into());
         return;
     }
-    let mut backing: File = inherited(4);
+    let mut backing = File::from(fds.into_iter().next().unwrap());
     backing.write_all(b"a volume").unwrap();
-    std::thread::spawn(|| fuse(inherited(5)));
     say(r#"{"type":"ready","size_bytes":1048576}"#.into());
     loop {
-        let said = hear();
+        let (said, _) = hear();
         if said.contains("close") {
             std::process::exit(0);
         }

@@ -2,8 +2,9 @@
 //! believes.
 //!
 //! ```text
-//! file (new: *.new) ─▶ fuse mount, attached nowhere ─▶ process ─hello─▶ attestation
-//!   ─grant─▶ ready ─▶ *.new renamed ─▶ file opened once as the VMM's uid ─▶ vmctl; mount closed
+//! with the VM:    fuse mount, attached nowhere ─▶ process ─hello─▶ its file opened once as the
+//!                 VMM's uid ─▶ vmctl; mount closed
+//! the workspace:  backing file (new: *.new) ─▶ process; attestation ─grant─▶ ready ─▶ *.new renamed
 //! ```
 //!
 //! A volume that was being formatted when anything died is still `*.new`: it never held data and
@@ -18,7 +19,7 @@ use api::disk::{FromDisk, ToDisk};
 use api::limits::CHANNEL_MESSAGE_MAX_BYTES;
 use api::{Error, ErrorCode};
 use model::WorkspaceId;
-use rustix::fd::{AsFd, AsRawFd, OwnedFd};
+use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::fs::{FlockOperation, Gid, OFlags, Uid};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
 use rustix::process::PidfdGetfdFlags;
@@ -214,9 +215,7 @@ pub struct Disk {
     pub handle: Handle,
     /// Its channel.
     pub control: Option<OwnedFd>,
-    /// The mount, until the file is opened.
-    pub mount: Option<OwnedFd>,
-    /// The file.
+    /// The backing file, from when there is a workspace.
     pub file: Option<OwnedFd>,
 }
 
@@ -230,7 +229,6 @@ impl Disk {
         Self {
             handle,
             control,
-            mount: None,
             file: None,
         }
     }
@@ -256,11 +254,12 @@ impl Disk {
     /// # Errors
     /// The disk process's own.
     pub fn grant(&self, sealed: String, aad: String, format: bool) -> Result<u64> {
-        self.send(&ToDisk::Grant {
+        let grant = ToDisk::Grant {
             sealed,
             aad,
             format,
-        })?;
+        };
+        self.send(&grant, &[])?;
         match self.receive(READY_WAIT)? {
             FromDisk::Ready { size_bytes } => Ok(size_bytes),
             FromDisk::Failed { code, message } => Err(failed(code, &message)),
@@ -274,9 +273,8 @@ impl Disk {
     pub fn end(&mut self, grace: bool) {
         if self.control.is_some() {
             // It may have died.
-            let _ = self.send(&ToDisk::Close);
+            let _ = self.send(&ToDisk::Close, &[]);
         }
-        self.mount = None;
         let wait = if grace {
             DISK_CLOSE_WAIT
         } else {
@@ -291,12 +289,16 @@ impl Disk {
         self.file = None;
     }
 
-    fn send(&self, message: &ToDisk) -> Result {
+    /// Sends a message, with descriptors.
+    ///
+    /// # Errors
+    /// The channel's.
+    pub fn send(&self, message: &ToDisk, fds: &[BorrowedFd<'_>]) -> Result {
         let control = self
             .control
             .as_ref()
             .ok_or_else(|| Error::internal("the disk process has no channel"))?;
-        jail::send(control, message, &[]).at("speak to", "the disk process")
+        jail::send(control, message, fds).at("speak to", "the disk process")
     }
 
     fn receive(&self, wait: Duration) -> Result<FromDisk> {

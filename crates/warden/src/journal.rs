@@ -21,19 +21,17 @@ pub enum Step {
     Begin,
     /// Control groups, then tap and firewall entries.
     Net,
-    /// Both processes of the VM wait in their jails.
+    /// VMM, vmctl and disk process wait in their jails.
     Jailed,
-    /// Rests: VMM and vmctl run; no disk.
+    /// Rests: all of them run; no volume.
     Open,
-    /// The disk's file, mount and process.
+    /// The disk's backing file.
     DiskBegin,
-    /// The disk process waits in its jail.
-    DiskJailed,
-    /// The disk process runs and waits for its key.
+    /// The disk process has it and waits for its key.
     DiskWaits,
     /// The grant goes to it.
     DiskGrant,
-    /// The volume is open; its file goes to vmctl.
+    /// The volume is open; vmctl learns it.
     DiskReady,
     /// Rests: the disk is with the VMM.
     DiskAttached,
@@ -45,13 +43,12 @@ pub enum Step {
 
 impl Step {
     /// Every step, in order.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 11] = [
         Self::Begin,
         Self::Net,
         Self::Jailed,
         Self::Open,
         Self::DiskBegin,
-        Self::DiskJailed,
         Self::DiskWaits,
         Self::DiskGrant,
         Self::DiskReady,
@@ -91,6 +88,10 @@ pub struct Record {
     pub vmctl: Option<Proc>,
     /// The disk process.
     pub disk: Option<Proc>,
+    /// The key that it made.
+    pub hpke_pub: Option<String>,
+    /// The digest of what it runs.
+    pub measurement: Option<String>,
     /// The workspace whose disk it is.
     pub workspace: Option<WorkspaceId>,
     /// The start.
@@ -227,6 +228,8 @@ mod tests {
                 vmm: Some(Proc { pid: 1, start: 2 }),
                 vmctl: None,
                 disk: None,
+                hpke_pub: None,
+                measurement: None,
                 workspace: Some(WorkspaceId::from_bytes([1; 8])),
                 start_id: None,
                 fresh: true,

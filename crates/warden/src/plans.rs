@@ -219,7 +219,6 @@ pub fn disk(
     slot: u16,
     exe: OwnedFd,
     channel: OwnedFd,
-    argv: Vec<String>,
     pass: Vec<OwnedFd>,
     cgroups: Vec<std::path::PathBuf>,
 ) -> Result<Jail> {
@@ -231,7 +230,8 @@ pub fn disk(
         jail.pass(fd);
     }
     jail.plan.stdin = Some(jail.own(channel));
-    jail.plan.argv = argv;
+    let vmm = VMM_UID + u32::from(slot);
+    jail.plan.argv = vec!["casemate-disk".into(), "--uid".into(), vmm.to_string()];
     jail.plan.oom_score_adj = -900;
     jail.plan.memlock_bytes = 16 * MIB; // its secret heap
     Ok(jail)

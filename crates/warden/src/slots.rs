@@ -229,6 +229,8 @@ impl Warden {
             vmm: None,
             vmctl: None,
             disk: None,
+            hpke_pub: None,
+            measurement: None,
             workspace: None,
             start_id: None,
             fresh: false,
@@ -240,6 +242,9 @@ impl Warden {
                 let opened = held.insert(opened);
                 self.watch.add(slot, &opened.vmm)?;
                 self.watch.add(slot, &opened.vmctl)?;
+                if let Some(disk) = &opened.disk {
+                    self.watch.add(slot, &disk.handle)?;
+                }
                 Ok(self.net_of(slot))
             }
             Err(e) => {
@@ -314,17 +319,25 @@ impl Warden {
         )?;
         let vmm = process::spawn(&self.config.launcher, "the VMM", &vmm.plan, &vmm.fds())?;
         let vmctl = process::spawn(&self.config.launcher, "vmctl", &vmctl.plan, &vmctl.fds())?;
+        // A build never gets a disk.
+        let disk = match record.how {
+            Start::Build => None,
+            Start::Template | Start::Cold => Some(self.disk_spawn(&mut record)?),
+        };
         record.vmm = Some(vmm.handle.proc);
         record.vmctl = Some(vmctl.handle.proc);
         self.step(&mut record, Step::Jailed)?;
         let vmm = vmm.go("the VMM")?;
         let vmctl = vmctl.go("vmctl")?;
+        let disk = disk
+            .map(|waiting| self.disk_serve(&mut record, waiting))
+            .transpose()?;
         self.step(&mut record, Step::Open)?;
         Ok(Slot {
             record,
             vmm,
             vmctl,
-            disk: None,
+            disk,
             stderr: Some(stderr),
         })
     }

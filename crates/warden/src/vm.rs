@@ -9,7 +9,7 @@ use crate::templates::Files;
 use api::Error;
 use api::vmctl::WardenOp;
 use api::warden::Start;
-use rustix::fd::{AsFd as _, OwnedFd};
+use rustix::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use rustix::fs::Mode;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -195,11 +195,11 @@ pub fn launch(vmm: &Vmm, record: &Record, host_uid: u32) -> Launch {
     }
 }
 
-/// Gives vmctl the disk's file.
+/// Tells vmctl about the disk.
 ///
 /// # Errors
 /// vmctl's own; a timeout.
-pub fn hand_over(layout: &Layout, slot: u16, file: OwnedFd, size_bytes: u64) -> Result {
+pub fn tell(layout: &Layout, slot: u16, op: WardenOp, fds: &[BorrowedFd<'_>]) -> Result {
     let path = layout.vmctl().join(format!("{slot}.warden.sock"));
     let name = path.display().to_string();
     let mut stream = UnixStream::connect(&path).at("connect", &name)?;
@@ -213,14 +213,9 @@ pub fn hand_over(layout: &Layout, slot: u16, file: OwnedFd, size_bytes: u64) -> 
         v: api::rpc::VERSION,
         id: 1,
         request_id: "internal:warden".into(),
-        body: WardenOp::DiskFd { size_bytes },
+        body: op,
     };
-    jail::send_bytes(
-        stream.as_fd(),
-        &api::rpc::encode(&request)?,
-        &[file.as_fd()],
-    )
-    .at("write", &name)?;
+    jail::send_bytes(stream.as_fd(), &api::rpc::encode(&request)?, fds).at("write", &name)?;
     let answer = api::rpc::blocking::read_frame(&mut stream).at("read", &name)?;
     let answer = answer.ok_or_else(|| Error::internal("vmctl closed without an answer"))?;
     api::rpc::decode::<api::rpc::Reply<bool>>(&answer)?

@@ -42,7 +42,8 @@ const ASYNC_DIO: u32 = 1 << 15;
 const MAX_PAGES: u32 = 1 << 22;
 const FOPEN_DIRECT_IO: u32 = 1;
 const FOPEN_PARALLEL_DIRECT_WRITES: u32 = 1 << 6;
-/// How long the kernel may believe our attributes, s: nothing of them changes.
+/// How long the kernel may believe our attributes, s, once there is a volume: nothing of them
+/// changes.
 const ATTR_VALID_S: u64 = 86_400;
 const BLOCK_BYTES: u32 = 4096;
 
@@ -157,7 +158,7 @@ impl Answer {
     /// same number).
     pub(super) fn attributes(size_bytes: u64, uid: u32) -> Self {
         let mut out = Self::default();
-        out.u64(ATTR_VALID_S);
+        out.u64(if size_bytes == 0 { 0 } else { ATTR_VALID_S });
         out.u64(0);
         out.u64(ROOT_ID);
         out.u64(size_bytes);

@@ -29,10 +29,8 @@ use api::agent::VOLUME_OFFSET_BYTES;
 use seal::Zeroize;
 
 use self::abi::{Answer, Request};
-use crate::backing::Backing;
 use crate::bucket::Limiter;
 use crate::limits::REQUEST_MAX_BYTES;
-use crate::object::Object;
 
 const PAGE_BYTES: usize = 4096;
 /// Where a request is read to, so that a write's data begins at a page.
@@ -41,6 +39,32 @@ const DATA_AT: usize = PAGE_BYTES;
 const PUNCH: u32 = (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE) as u32;
 const ZERO: u32 = libc::FALLOC_FL_ZERO_RANGE as u32;
 const ZERO_KEEP: u32 = (libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE) as u32;
+
+/// What the file holds. Errors go to the VMM as they are.
+pub trait Content {
+    /// Its size, bytes: 0 until there is a volume; never changes then.
+    fn size_bytes(&self) -> u64;
+    /// Fills `buf` from `offset` and answers how much there was before the end.
+    ///
+    /// # Errors
+    /// The backing file's.
+    fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize>;
+    /// Writes `data`, and may leave anything in it.
+    ///
+    /// # Errors
+    /// What may not be written, and the backing file's.
+    fn write(&self, offset: u64, data: &mut [u8]) -> io::Result<()>;
+    /// Makes a range zeros.
+    ///
+    /// # Errors
+    /// Like [`Content::write`].
+    fn zero(&self, offset: u64, len: u64) -> io::Result<()>;
+    /// Makes all that was written durable.
+    ///
+    /// # Errors
+    /// The backing file's; what was written before may be lost then.
+    fn sync(&self) -> io::Result<()>;
+}
 
 /// What all workers share.
 #[derive(Debug)]
@@ -65,13 +89,18 @@ impl Serving {
         }
     }
 
+    /// Other limits from here on.
+    pub fn limit(&self, bytes_per_s: u64, ops_per_s: u64) {
+        self.limiter.set(bytes_per_s, ops_per_s);
+    }
+
     /// Ends serving for good: waits for the requests under way, then makes all of it durable.
     ///
     /// # Errors
     /// The backing file's.
-    pub fn close<B: Backing>(&self, object: &Object<B>) -> io::Result<()> {
+    pub fn close(&self, content: &impl Content) -> io::Result<()> {
         *self.gate.write().unwrap_or_else(PoisonError::into_inner) = true;
-        object.sync()
+        content.sync()
     }
 }
 
@@ -85,20 +114,20 @@ pub enum End {
 }
 
 /// One thread of service.
-pub struct Worker<B> {
+pub struct Worker<C> {
     device: Arc<File>,
-    object: Object<B>,
+    content: C,
     serving: Arc<Serving>,
     buffer: Buffer,
 }
 
-impl<B: Backing> Worker<B> {
+impl<C: Content> Worker<C> {
     /// A worker on `device`, an open `/dev/fuse` with a mount behind it.
     #[must_use]
-    pub fn new(device: Arc<File>, object: Object<B>, serving: Arc<Serving>) -> Self {
+    pub fn new(device: Arc<File>, content: C, serving: Arc<Serving>) -> Self {
         Self {
             device,
-            object,
+            content,
             serving,
             buffer: Buffer::new(),
         }
@@ -177,7 +206,7 @@ impl<B: Backing> Worker<B> {
         match request.opcode {
             abi::GETATTR => self.attributes(request),
             // A VMM that is told the disk's size sets it, which changes nothing.
-            abi::SETATTR if request.resize() == Some(self.object.size_bytes()) => {
+            abi::SETATTR if request.resize() == Some(self.content.size_bytes()) => {
                 self.attributes(request)
             }
             abi::SETATTR => Reply::Errno(libc::EPERM),
@@ -185,7 +214,7 @@ impl<B: Backing> Worker<B> {
             abi::READ => self.read(request),
             abi::WRITE => self.write(request),
             abi::FALLOCATE => self.fallocate(request),
-            abi::FSYNC | abi::FLUSH => done(self.object.sync()),
+            abi::FSYNC | abi::FLUSH => done(self.content.sync()),
             abi::RELEASE => Reply::DONE,
             // The kernel does without and does not ask again.
             _ => Reply::Errno(libc::ENOSYS),
@@ -194,7 +223,7 @@ impl<B: Backing> Worker<B> {
 
     fn attributes(&self, request: &Request) -> Reply {
         Reply::Short(Answer::attributes(
-            self.object.size_bytes(),
+            self.content.size_bytes(),
             self.serving.owner_uid.unwrap_or(request.uid),
         ))
     }
@@ -218,7 +247,7 @@ impl<B: Backing> Worker<B> {
             return Reply::Errno(libc::EINVAL);
         };
         let room = &mut self.buffer.bytes()[DATA_AT..DATA_AT + size];
-        match self.object.read(offset, room) {
+        match self.content.read(offset, room) {
             Ok(len) => Reply::Data(len),
             Err(error) => failed(&error),
         }
@@ -228,7 +257,7 @@ impl<B: Backing> Worker<B> {
         match request.span() {
             Some((offset, size)) if request.has_data(size) => {
                 let data = &mut self.buffer.bytes()[DATA_AT..DATA_AT + size];
-                match self.object.write(offset, data) {
+                match self.content.write(offset, data) {
                     Ok(()) => Reply::Short(Answer::written(size)),
                     Err(error) => failed(&error),
                 }
@@ -239,7 +268,7 @@ impl<B: Backing> Worker<B> {
 
     fn fallocate(&self, request: &Request) -> Reply {
         match request.fallocate() {
-            Some((offset, len, PUNCH | ZERO | ZERO_KEEP)) => done(self.object.zero(offset, len)),
+            Some((offset, len, PUNCH | ZERO | ZERO_KEEP)) => done(self.content.zero(offset, len)),
             Some(_) => Reply::Errno(libc::EOPNOTSUPP),
             None => Reply::Errno(libc::EINVAL),
         }

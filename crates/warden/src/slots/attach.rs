@@ -1,13 +1,16 @@
 //! The disk of a slot: from a VM that waits for one to a volume that its guest has.
 
 use super::{Slot, Warden, check_range, disk_group, lock};
-use crate::diskproc::{self, Disk};
+use crate::diskproc::{self, Backing, Disk};
 use crate::fault::{At, Result, conflict, invalid, missing};
-use crate::journal::Step;
+use crate::journal::{Record, Step};
 use crate::layout::check_digest_id;
 use crate::limits::{DISK_UID, KILL_WAIT, MKFS_WAIT, SEALED_MAX_BYTES, VMM_UID};
+use crate::process::Waiting;
 use crate::{plans, process, vm};
 use api::Error;
+use api::disk::ToDisk;
+use api::vmctl::WardenOp;
 use api::warden::{DiskOpened, Start};
 use model::limits as bounds;
 use model::{Purpose, StartId, WorkspaceId};
@@ -22,6 +25,13 @@ pub(super) struct DiskAsk {
     pub(super) disk_mb: u32,
     pub(super) bytes_per_s: u64,
     pub(super) ops_per_s: u64,
+}
+
+/// A disk process that waits in its jail.
+pub(super) struct Spawned {
+    waiting: Waiting,
+    control: OwnedFd,
+    mount: OwnedFd,
 }
 
 impl Warden {
@@ -50,81 +60,78 @@ impl Warden {
         opened
     }
 
-    fn disk_open_steps(&self, s: &mut Slot, ask: DiskAsk) -> Result<DiskOpened> {
-        let slot = s.record.slot;
-        let layout = &self.config.layout;
-        let uid = DISK_UID + u32::from(slot);
+    /// What of a slot's disk needs no workspace: its group, its mount, its process.
+    pub(super) fn disk_spawn(&self, record: &mut Record) -> Result<Spawned> {
+        let slot = record.slot;
         let exe = plans::executable(&self.config.programs, "casemate-disk")?;
-        let measurement = self.digests.of(&exe, "casemate-disk")?;
-        self.step(&mut s.record, Step::DiskBegin)?;
-        let backing = self.disks.open(&ask.workspace, uid)?;
-        s.record.fresh = backing.fresh;
-        let shipped = layout.artifacts().join("ext4");
-        let ext4 = diskproc::ext4_template(
-            &shipped,
-            &layout.state().join("ext4"),
-            ask.disk_mb,
-            |file| self.mkfs(file),
-        )?;
+        record.measurement = Some(self.digests.of(&exe, "casemate-disk")?);
         let group = disk_group(slot);
         self.cgroups.create(&group, plans::disk_bounds())?;
         let mount = diskproc::mount(VMM_UID + u32::from(slot))?;
         let (control, theirs) = seqpacket()?;
-        let keep = backing
-            .file
-            .try_clone()
-            .at("keep the disk of", &ask.workspace)?;
-        let argv = vec![
-            "casemate-disk".into(),
-            "--size-mb".into(),
-            ask.disk_mb.to_string(),
-            "--bytes-per-s".into(),
-            ask.bytes_per_s.to_string(),
-            "--ops-per-s".into(),
-            ask.ops_per_s.to_string(),
-            "--uid".into(),
-            (VMM_UID + u32::from(slot)).to_string(),
-        ];
-        let pass = vec![theirs, backing.file, mount.server, ext4, mount.second];
-        let channel = control
-            .try_clone()
-            .at("keep the channel of", &ask.workspace)?;
+        let channel = control.try_clone().at("keep the channel of slot", slot)?;
         let jail = plans::disk(
-            layout,
+            &self.config.layout,
             slot,
             exe,
             channel,
-            argv,
-            pass,
+            vec![theirs, mount.server, mount.second],
             self.cgroups.dirs(&group),
         )?;
         let waiting = process::spawn(&self.config.launcher, "the disk", &jail.plan, &jail.fds())?;
+        record.disk = Some(waiting.handle.proc);
         // From here on the process alone holds the connection: its death ends the mount.
-        drop(jail);
-        s.record.disk = Some(waiting.handle.proc);
-        self.step(&mut s.record, Step::DiskJailed)?;
-        let handle = waiting.go("the disk")?;
-        self.watch.add(slot, &handle)?;
-        let disk = s.disk.insert(Disk {
-            handle,
-            control: Some(control),
-            mount: Some(mount.mount),
-            file: Some(keep),
-        });
-        let hpke_pub = disk.hello()?;
+        Ok(Spawned {
+            waiting,
+            control,
+            mount: mount.mount,
+        })
+    }
+
+    /// Lets the disk process run, and opens the file that it serves, once, as the VMM's user; then
+    /// no path to it is left. vmctl keeps it for the attach.
+    pub(super) fn disk_serve(&self, record: &mut Record, spawned: Spawned) -> Result<Disk> {
+        let slot = record.slot;
+        let disk = Disk {
+            handle: spawned.waiting.go("the disk")?,
+            control: Some(spawned.control),
+            file: None,
+        };
+        record.hpke_pub = Some(disk.hello()?);
+        let plan = plans::mount_opener(&self.config.layout, slot);
+        let (launcher, mount) = (&self.config.launcher, spawned.mount.as_fd());
+        let file = process::open_mount(launcher, "the disk's file", &plan, mount)?;
+        vm::tell(&self.config.layout, slot, WardenOp::DiskFd, &[file.as_fd()])?;
+        Ok(disk)
+    }
+
+    fn disk_open_steps(&self, s: &mut Slot, ask: DiskAsk) -> Result<DiskOpened> {
+        let slot = s.record.slot;
+        self.step(&mut s.record, Step::DiskBegin)?;
+        let Backing { file, fresh } = self
+            .disks
+            .open(&ask.workspace, DISK_UID + u32::from(slot))?;
+        s.record.fresh = fresh;
+        let template = fresh.then(|| self.ext4(ask.disk_mb)).transpose()?;
+        let open = ToDisk::Open {
+            size_mb: ask.disk_mb,
+            bytes_per_s: ask.bytes_per_s,
+            ops_per_s: ask.ops_per_s,
+        };
+        let disk = s.disk.as_mut().ok_or_else(gone)?;
+        let files = [Some(file.as_fd()), template.as_ref().map(AsFd::as_fd)];
+        disk.send(&open, &files.into_iter().flatten().collect::<Vec<_>>())?;
+        disk.file = Some(file);
         self.step(&mut s.record, Step::DiskWaits)?;
         let attestation = self.machine.attest(
             &ask.workspace,
             &ask.start_id,
             ask.purpose,
             ask.nonce,
-            hpke_pub,
-            measurement,
+            s.record.hpke_pub.clone().ok_or_else(gone)?,
+            s.record.measurement.clone().ok_or_else(gone)?,
         )?;
-        Ok(DiskOpened {
-            attestation,
-            fresh: s.record.fresh,
-        })
+        Ok(DiskOpened { attestation, fresh })
     }
 
     pub(super) fn disk_grant(&self, slot: u16, sealed: String, aad: String) -> Result<bool> {
@@ -152,7 +159,6 @@ impl Warden {
     fn disk_grant_steps(&self, s: &mut Slot, sealed: String, aad: String) -> Result {
         let slot = s.record.slot;
         self.step(&mut s.record, Step::DiskGrant)?;
-        let gone = || Error::internal("the disk process is gone");
         let disk = s.disk.as_mut().ok_or_else(gone)?;
         let size_bytes = disk.grant(sealed, aad, s.record.fresh)?;
         if let (true, Some(workspace), Some(file)) =
@@ -162,17 +168,8 @@ impl Warden {
             s.record.fresh = false;
         }
         self.step(&mut s.record, Step::DiskReady)?;
-        let disk = s.disk.as_mut().ok_or_else(gone)?;
-        let mount = disk.mount.take().ok_or_else(gone)?;
-        let plan = plans::mount_opener(&self.config.layout, slot);
-        let file = process::open_mount(
-            &self.config.launcher,
-            "the disk's file",
-            &plan,
-            mount.as_fd(),
-        )?;
-        vm::hand_over(&self.config.layout, slot, file, size_bytes)?;
-        drop(mount);
+        let ready = WardenOp::DiskReady { size_bytes };
+        vm::tell(&self.config.layout, slot, ready, &[])?;
         self.step(&mut s.record, Step::DiskAttached)
     }
 
@@ -185,6 +182,13 @@ impl Warden {
         let erased = self.disks.erase(workspace);
         lock(&self.in_use).remove(workspace);
         erased.map(|()| true)
+    }
+
+    /// The empty file system that a new volume of that size is filled from.
+    fn ext4(&self, mb: u32) -> Result<OwnedFd> {
+        let layout = &self.config.layout;
+        let (shipped, made) = (layout.artifacts().join("ext4"), layout.state().join("ext4"));
+        diskproc::ext4_template(&shipped, &made, mb, |file| self.mkfs(file))
     }
 
     /// Makes an empty ext4 in `file`, in a jail.
@@ -203,6 +207,10 @@ impl Warden {
             ))),
         }
     }
+}
+
+fn gone() -> Error {
+    Error::internal("the disk process is gone")
 }
 
 fn seqpacket() -> Result<(OwnedFd, OwnedFd)> {

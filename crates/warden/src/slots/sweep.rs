@@ -80,7 +80,7 @@ impl Warden {
         }
         let (vmm, vmctl) = (record.vmm?.handle()?, record.vmctl?.handle()?);
         let disk = match (record.step, record.disk) {
-            (Step::DiskAttached, Some(disk)) => Some(Disk::adopt(disk.handle()?)),
+            (_, Some(disk)) => Some(Disk::adopt(disk.handle()?)),
             (Step::Open, None) => None,
             _ => return None,
         };
