@@ -34,6 +34,12 @@ pub enum Op {
         /// Signed [`Attestation`].
         attestation: String,
     },
+    /// Notes how far a workspace's disk has got: from now on no older copy of it opens. A late
+    /// statement changes nothing. Answer: [`Anchor`], as it stands now.
+    Anchor {
+        /// What the disk process said.
+        statement: AnchorStatement,
+    },
     /// Destroys the workspace's key: record erased, epoch punctured. A closing act. Answer:
     /// [`Destroyed`]. Idempotent.
     Destroy {
@@ -73,6 +79,7 @@ impl Op {
         match self {
             Self::WorkspaceKeyCreate { .. } => "workspace_key_create",
             Self::Release { .. } => "release",
+            Self::Anchor { .. } => "anchor",
             Self::Destroy { .. } => "destroy",
             Self::Status => "status",
             Self::Unseal { .. } => "unseal",
@@ -149,6 +156,12 @@ pub struct Grant {
     pub workspace: WorkspaceId,
     /// The start.
     pub start_id: StartId,
+    /// The start's number: its intent's place in the log and 1, so that a later start has a higher
+    /// one.
+    pub run: u64,
+    /// How far the disk had got; none: it was never anchored.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub anchor: Option<Anchor>,
     /// The disk's key: HKDF(workspace key, purpose, object, version), 32 bytes, hex.
     pub disk_key: String,
     /// Seed of the guest's Ed25519 identity, 32 bytes, hex.
@@ -161,6 +174,41 @@ pub struct Grant {
     pub gateway_key: String,
     /// The edge's identity key; hex.
     pub edge_key: String,
+}
+
+/// A state of a disk: of two, the one of the later start, then the one with more batches is newer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Anchor {
+    /// Number of the start that wrote it.
+    pub run: u64,
+    /// Batches in the disk's life.
+    pub batch: u64,
+    /// The chain over them, 32 bytes, hex.
+    pub root: String,
+}
+
+/// What a disk process says of its disk. Only it and the KMS have the key: HKDF-SHA-256 of the
+/// disk's key, salt [`crate::context::ANCHOR`], info `key`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AnchorStatement {
+    /// The workspace.
+    pub workspace: WorkspaceId,
+    /// The state.
+    pub anchor: Anchor,
+    /// HMAC-SHA-256 of [`AnchorStatement::covered`], hex.
+    pub mac: String,
+}
+
+impl AnchorStatement {
+    /// The bytes that the MAC covers.
+    #[must_use]
+    pub fn covered(workspace: &WorkspaceId, anchor: &Anchor) -> Vec<u8> {
+        // Ids, numbers and hex hold no `|`.
+        let Anchor { run, batch, root } = anchor;
+        format!("{}|{workspace}|{run}|{batch}|{root}", crate::context::ANCHOR).into_bytes()
+    }
 }
 
 /// Answer to [`Op::Destroy`].

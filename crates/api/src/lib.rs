@@ -37,6 +37,8 @@ pub mod context {
     pub const TEMPLATE: &str = "casemate/template/v1";
     /// HPKE info of a key release.
     pub const RELEASE: &str = "casemate/release/v1";
+    /// Salt of the key that a disk's anchors are made under, and first word of what they cover.
+    pub const ANCHOR: &str = "casemate/anchor/v1";
     /// HPKE info of a batch key wrapped to a (class, day) key of the log; associated data empty.
     pub const LOG_CLASS: &str = "casemate/log/class/v1";
     /// HPKE info of a batch key wrapped to an account; associated data empty.

@@ -1,7 +1,7 @@
 //! Opening a backing file: the volume that is there, or a new one.
 //!
 //! A new volume is made in an order that a crash can't spoil: template through the cipher and
-//! keyslot, sync, headers, sync. Without a header it is no volume, and the next try begins again
+//! keyslot, sync, headers, sync, the sidecar's superblock, sync. Without a header it is no volume, and the next try begins again
 //! under a new key. A file with a header is never formatted.
 
 use std::fs::File;
@@ -12,15 +12,20 @@ use crate::backing::{Backing, next_data, next_hole};
 use crate::grant::Grant;
 use crate::limits::{REQUEST_MAX_BYTES, SECTOR_BYTES};
 use crate::luks2::{self, VolumeKey};
+use crate::sidecar::{Keys, Sidecar};
 use crate::volume::Volume;
 
-/// Opens the volume in `backing`, or makes it, if `format` says that the file is new. `template` is a raw file system that a new volume begins with.
+/// Opens the volume in `backing` with its sidecar in `tags`, or makes both, if `format` says that
+/// the files are new. `template` is a raw file system that a new volume begins with. Without
+/// `tags` it is a volume without integrity.
 ///
 /// # Errors
-/// Those of [`luks2::open`], [`luks2::create`] and [`Volume::new`]; [`DiskError::Occupied`] if a
-/// file said to be new holds a volume.
+/// Those of [`luks2::open`], [`luks2::create`], [`Sidecar::open`] and [`Volume::new`];
+/// [`DiskError::Occupied`] if a file said to be new holds a volume; [`DiskError::Tampered`] if the
+/// disk had a past and its file is said to be new.
 pub fn open_or_format<B: Backing>(
     backing: B,
+    tags: Option<B>,
     template: Option<&File>,
     grant: &Grant<'_>,
     format: bool,
@@ -28,7 +33,18 @@ pub fn open_or_format<B: Backing>(
 ) -> Result<Volume<B>, DiskError> {
     if !format {
         let key = luks2::open(&backing, &grant.disk_key, &grant.workspace)?;
-        return Volume::new(backing, &key, size_bytes);
+        let Some(tags) = tags else {
+            return Volume::new(backing, &key, size_bytes);
+        };
+        let keys = Keys::derive(grant.disk_key.expose())?;
+        let (anchor, sectors) = (grant.anchor.as_ref(), size_bytes / SECTOR_BYTES as u64);
+        let sidecar = Sidecar::open(tags, &backing, keys, sectors, grant.run, anchor)?;
+        return Volume::with_sidecar(backing, sidecar, &key, size_bytes);
+    }
+    if grant.anchor.is_some() {
+        return Err(DiskError::Tampered {
+            what: "its file is gone, and it was in use before",
+        });
     }
     if luks2::exists(&backing)? {
         return Err(DiskError::Occupied { what: "a volume" });
@@ -38,7 +54,15 @@ pub fn open_or_format<B: Backing>(
         .set_len(0)
         .map_err(DiskError::io("emptying a new volume"))?;
     let key = VolumeKey::random();
-    let volume = Volume::new(backing, &key, size_bytes)?;
+    let volume = match tags {
+        None => Volume::new(backing, &key, size_bytes)?,
+        Some(tags) => {
+            let keys = Keys::derive(grant.disk_key.expose())?;
+            let sectors = size_bytes / SECTOR_BYTES as u64;
+            let sidecar = Sidecar::create(tags, keys, sectors, grant.run)?;
+            Volume::with_sidecar(backing, sidecar, &key, size_bytes)?
+        }
+    };
     if let Some(template) = template {
         copy_template(template, &volume)?;
     }
@@ -46,6 +70,7 @@ pub fn open_or_format<B: Backing>(
         .sync()
         .map_err(DiskError::io("syncing a new volume"))?;
     luks2::create(volume.backing(), &key, &grant.disk_key, &grant.workspace)?;
+    volume.finish()?;
     Ok(volume)
 }
 

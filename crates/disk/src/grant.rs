@@ -12,6 +12,8 @@ use serde::Deserialize;
 use crate::DiskError;
 use crate::limits::GRANT_MAX_BYTES;
 use crate::luks2::DiskKey;
+use crate::sidecar::Anchor;
+use crate::sidecar::layout::Generation;
 
 /// [`api::kms::Grant`], borrowed.
 pub struct Grant<'a> {
@@ -19,6 +21,10 @@ pub struct Grant<'a> {
     pub workspace: WorkspaceId,
     /// The start.
     pub start_id: StartId,
+    /// The start's number.
+    pub run: u64,
+    /// The least state that may be opened; none: the disk was never anchored.
+    pub anchor: Option<Anchor>,
     /// The disk's key.
     pub disk_key: DiskKey,
     /// For the identity block, as hex.
@@ -34,12 +40,23 @@ pub struct Grant<'a> {
 struct Json<'a> {
     workspace: WorkspaceId,
     start_id: StartId,
+    run: u64,
+    #[serde(default)]
+    anchor: Option<JsonAnchor<'a>>,
     disk_key: &'a str,
     identity_seed: &'a str,
     config_digest: &'a str,
     mint_key: &'a str,
     gateway_key: &'a str,
     edge_key: &'a str,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct JsonAnchor<'a> {
+    run: u64,
+    batch: u64,
+    root: &'a str,
 }
 
 /// Opens the sealed grant of `api::disk::ToDisk::Grant`.
@@ -85,17 +102,37 @@ impl<'a> Grant<'a> {
                 why: "its keys must be 64 lowercase hex digits each",
             });
         }
+        let anchor = json.anchor.map(JsonAnchor::read).transpose()?;
         let mut disk_key = DiskKey::zeroed();
         hex::decode_to_slice(json.disk_key, disk_key.expose_mut()).expect("checked: 64 digits");
         Ok(Self {
             workspace: json.workspace,
             start_id: json.start_id,
+            run: json.run,
+            anchor,
             disk_key,
             identity_seed: json.identity_seed,
             config_digest: json.config_digest,
             mint_key: json.mint_key,
             gateway_key: json.gateway_key,
             edge_key: json.edge_key,
+        })
+    }
+}
+
+impl JsonAnchor<'_> {
+    fn read(self) -> Result<Anchor, DiskError> {
+        let mut root = [0; 32];
+        let wrong = DiskError::Grant {
+            why: "its anchor's root must be 64 lowercase hex digits",
+        };
+        if !is_hex_32(self.root) || hex::decode_to_slice(self.root, &mut root).is_err() {
+            return Err(wrong);
+        }
+        let (run, batch) = (self.run, self.batch);
+        Ok(Anchor {
+            generation: Generation { run, batch },
+            root,
         })
     }
 }
@@ -117,6 +154,12 @@ pub(crate) mod tests {
         serde_json::to_string(&api::kms::Grant {
             workspace: "ws_0123456789abcdef".parse().unwrap(),
             start_id: "st_0123456789abcdef".parse().unwrap(),
+            run: 7,
+            anchor: Some(api::kms::Anchor {
+                run: 6,
+                batch: 5,
+                root: "6a".repeat(32),
+            }),
             disk_key: "0a".repeat(32),
             identity_seed: "1b".repeat(32),
             config_digest: "2c".repeat(32),
@@ -137,6 +180,12 @@ pub(crate) mod tests {
         let opened = open(&key, &sealed, &hex::encode(aad)).unwrap();
         let grant = Grant::parse(&opened).unwrap();
         assert_eq!(grant.disk_key.expose(), &[0x0a; 32]);
+        let (run, batch) = (6, 5);
+        let want = Anchor {
+            generation: Generation { run, batch },
+            root: [0x6a; 32],
+        };
+        assert_eq!((grant.run, grant.anchor), (7, Some(want)));
 
         assert!(open(&SecretKey::generate(), &sealed, &hex::encode(aad)).is_err());
         assert!(open(&key, &sealed, &hex::encode([8; 32])).is_err());

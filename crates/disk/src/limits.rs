@@ -34,7 +34,7 @@ pub const BUFFER_SECTORS: usize = 2048;
 /// Memory that a flushed buffer keeps, bytes.
 pub const BUFFER_KEPT_BYTES: usize = 256 << 10;
 /// The journal of the sidecar, bytes.
-pub const JOURNAL_BYTES: u64 = 4 << 20;
+pub const JOURNAL_BYTES: u64 = 1 << 20;
 /// Tags in one batch of the journal.
 pub const BATCH_ENTRIES_MAX: usize = BUFFER_SECTORS;
 /// Sectors whose ciphertext a batch may carry.

@@ -5,6 +5,9 @@
 //! (no plaintext encrypts to that but with a chance of 2^-32768). Only whole sectors are written:
 //! a part of one is read, changed and written under the lock of its range.
 //!
+//! With a [`Sidecar`] each sector has a tag: what does not fit it is not answered, and what is
+//! written waits there for its batch.
+//!
 //! Must never: answer a sync before the backing file did; go on after a sync that failed (the
 //! kernel may have dropped what was to be written, and says so once); write beyond its size.
 
@@ -17,9 +20,10 @@ use seal::xts::Xts;
 
 use crate::DiskError;
 use crate::backing::Backing;
-use crate::limits::{DATA_OFFSET_BYTES, SECTOR_BYTES};
+use crate::limits::{DATA_OFFSET_BYTES, HOLE_MIN_SECTORS, SECTOR_BYTES};
 use crate::luks2::VolumeKey;
 use crate::ranges::Ranges;
+use crate::sidecar::{Report, Sidecar};
 
 const SECTOR: u64 = SECTOR_BYTES as u64;
 
@@ -31,6 +35,7 @@ pub struct Volume<B> {
 
 struct Shared<B> {
     backing: B,
+    sidecar: Option<Sidecar<B>>,
     size_bytes: u64,
     ranges: Ranges,
     lost: AtomicBool,
@@ -46,12 +51,34 @@ impl<B> Clone for Volume<B> {
 }
 
 impl<B: Backing> Volume<B> {
-    /// The volume of `size_bytes` under `key`. A backing file that is shorter is extended with a
-    /// hole.
+    /// The volume of `size_bytes` under `key`, without integrity: what reads exports, and what
+    /// integrity is measured against. A backing file that is shorter is extended with a hole.
     ///
     /// # Errors
     /// [`DiskError::Size`] if the size is not whole sectors or the file holds more than that.
     pub fn new(backing: B, key: &VolumeKey, size_bytes: u64) -> Result<Self, DiskError> {
+        Self::build(backing, None, key, size_bytes)
+    }
+
+    /// The volume of `size_bytes` under `key`, with the tags of `sidecar`.
+    ///
+    /// # Errors
+    /// Like [`Volume::new`].
+    pub fn with_sidecar(
+        backing: B,
+        sidecar: Sidecar<B>,
+        key: &VolumeKey,
+        size_bytes: u64,
+    ) -> Result<Self, DiskError> {
+        Self::build(backing, Some(sidecar), key, size_bytes)
+    }
+
+    fn build(
+        backing: B,
+        sidecar: Option<Sidecar<B>>,
+        key: &VolumeKey,
+        size_bytes: u64,
+    ) -> Result<Self, DiskError> {
         let size = |why| DiskError::Size { why };
         if size_bytes == 0 || !size_bytes.is_multiple_of(SECTOR) {
             return Err(size("its size must be whole sectors of 4096 bytes"));
@@ -77,6 +104,7 @@ impl<B: Backing> Volume<B> {
         Ok(Self {
             shared: Arc::new(Shared {
                 backing,
+                sidecar,
                 size_bytes,
                 ranges,
                 lost,
@@ -140,8 +168,7 @@ impl<B: Backing> Volume<B> {
         let end = offset + len; // Within the size: checked.
         let holes = offset.div_ceil(SECTOR)..end / SECTOR;
         if holes.start < holes.end {
-            let len = (holes.end - holes.start) * SECTOR;
-            self.shared.backing.punch(place(holes.start), len)?;
+            self.zero_whole(holes.start, holes.end)?;
             self.zero_part(offset, holes.start * SECTOR)?;
             self.zero_part(holes.end * SECTOR, end)
         } else {
@@ -157,10 +184,44 @@ impl<B: Backing> Volume<B> {
     /// The backing file's; every later write and sync is refused with `EIO` then.
     pub fn sync(&self) -> io::Result<()> {
         self.check_not_lost()?;
+        if let Some(sidecar) = &self.shared.sidecar {
+            return sidecar.sync(&self.shared.backing);
+        }
         self.shared
             .backing
             .sync()
             .inspect_err(|_| self.shared.lost.store(true, Ordering::SeqCst))
+    }
+
+    /// As [`Volume::sync`], and leaves the sidecar without a journal.
+    ///
+    /// # Errors
+    /// Like [`Volume::sync`].
+    pub fn close(&self) -> io::Result<()> {
+        self.check_not_lost()?;
+        match &self.shared.sidecar {
+            Some(sidecar) => sidecar.close(&self.shared.backing),
+            None => self.sync(),
+        }
+    }
+
+    /// What may be anchored now; `None` without a sidecar.
+    ///
+    /// # Errors
+    /// Like [`Volume::sync`].
+    pub fn anchor(&self) -> io::Result<Option<Report>> {
+        let sidecar = self.shared.sidecar.as_ref();
+        sidecar
+            .map(|sidecar| sidecar.anchor(&self.shared.backing))
+            .transpose()
+    }
+
+    /// Ends the making of a volume: see [`Sidecar::finish`].
+    pub(crate) fn finish(&self) -> Result<(), DiskError> {
+        match &self.shared.sidecar {
+            Some(sidecar) => sidecar.finish(&self.shared.backing),
+            None => Ok(()),
+        }
     }
 
     /// Fills `data` from a sector; `false` if it is a hole.
@@ -174,7 +235,7 @@ impl<B: Backing> Volume<B> {
     ) -> io::Result<bool> {
         let sectors = self.sectors(sector.saturating_mul(SECTOR), SECTOR)?;
         let _range = self.shared.ranges.lock(sectors, false);
-        self.shared.backing.read_at(place(sector), data)?;
+        self.fetch(sector, data)?;
         let allocated = *data != [0; SECTOR_BYTES];
         if allocated {
             self.cipher.decrypt(sector, data);
@@ -200,9 +261,31 @@ impl<B: Backing> Volume<B> {
         self.store(sector, &mut whole)
     }
 
+    /// Makes whole sectors holes.
+    fn zero_whole(&self, first: u64, end: u64) -> io::Result<()> {
+        let backing = &self.shared.backing;
+        match &self.shared.sidecar {
+            None => backing.punch(place(first), (end - first) * SECTOR),
+            Some(sidecar) if end - first >= HOLE_MIN_SECTORS => {
+                sidecar.punch(backing, first, end - first)
+            }
+            Some(_) => {
+                (first..end).try_for_each(|sector| self.store(sector, &mut [0; SECTOR_BYTES]))
+            }
+        }
+    }
+
+    /// Reads the ciphertext of whole sectors.
+    fn fetch(&self, first_sector: u64, data: &mut [u8]) -> io::Result<()> {
+        match &self.shared.sidecar {
+            Some(sidecar) => sidecar.read(&self.shared.backing, first_sector, data),
+            None => self.shared.backing.read_at(place(first_sector), data),
+        }
+    }
+
     /// Reads and decrypts whole sectors.
     fn load(&self, first_sector: u64, data: &mut [u8]) -> io::Result<()> {
-        self.shared.backing.read_at(place(first_sector), data)?;
+        self.fetch(first_sector, data)?;
         let (sectors, rest) = data.as_chunks_mut::<SECTOR_BYTES>();
         assert!(rest.is_empty());
         for (sector, data) in (first_sector..).zip(sectors) {
@@ -218,7 +301,10 @@ impl<B: Backing> Volume<B> {
         let len = data.len() as u64;
         assert!(place(first_sector) + len <= DATA_OFFSET_BYTES + self.shared.size_bytes);
         self.cipher.encrypt(first_sector, data);
-        self.shared.backing.write_at(place(first_sector), data)
+        match &self.shared.sidecar {
+            Some(sidecar) => sidecar.write(&self.shared.backing, first_sector, data),
+            None => self.shared.backing.write_at(place(first_sector), data),
+        }
     }
 
     /// The sectors that a range touches, if it lies within the volume.

@@ -269,6 +269,8 @@ fn grant(hpke_pub: &str, plan: &Plan) -> ToDisk {
     let grant = serde_json::to_vec(&api::kms::Grant {
         workspace: "ws_0123456789abcdef".parse().unwrap(),
         start_id: "st_0123456789abcdef".parse().unwrap(),
+        run: 1,
+        anchor: None,
         disk_key: hex::encode(plan.disk_key),
         identity_seed: "1b".repeat(32),
         config_digest: "2c".repeat(32),

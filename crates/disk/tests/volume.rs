@@ -282,7 +282,7 @@ proptest! {
         let text = grant();
         let grant = Grant::parse(text.as_bytes()).unwrap();
         let open = |store: Store, template: Option<&File>, format| {
-            open_or_format(store, template, &grant, format, SIZE as u64)
+            open_or_format(store, None, template, &grant, format, SIZE as u64)
         };
 
         let store = Store::failing_after(operations);
@@ -369,7 +369,7 @@ fn grant() -> String {
     let key = "11".repeat(32);
     format!(
         "{{\"workspace\":\"ws_0123456789abcdef\",\"start_id\":\"st_0123456789abcdef\",\
-         \"disk_key\":\"{key}\",\"identity_seed\":\"{key}\",\"config_digest\":\"{key}\",\
+         \"run\":1,\"disk_key\":\"{key}\",\"identity_seed\":\"{key}\",\"config_digest\":\"{key}\",\
          \"mint_key\":\"{key}\",\"gateway_key\":\"{key}\",\"edge_key\":\"{key}\"}}"
     )
 }

@@ -83,6 +83,7 @@ refusals! {
     Destroyed = "destroyed", "the key is destroyed";
     Peer = "peer", "this process may not ask for this";
     Bounds = "bounds", "a field is out of bounds";
+    Anchor = "anchor", "the statement is not by the workspace's disk, or of another history of it";
     Passphrase = "passphrase", "the passphrase is wrong";
 }
 

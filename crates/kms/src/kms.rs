@@ -2,6 +2,7 @@
 //!
 //! | operation | who | before the answer |
 //! |---|---|---|
+//! | anchor | host | the statement's MAC, durable in the store |
 //! | key create, release | control; host | checks ([`crate::check`]), entry durable in the log |
 //! | destroy | control | entry in the log, or in the outbox while the log is down |
 //! | log open | audit-read | entry durable in the log |
@@ -24,7 +25,7 @@ use crate::slots::Slots;
 use crate::store::{self, Store};
 use crate::unseal::Means;
 use api::audit::{Class, Entry, Phase};
-use api::kms::{Grant, Identity, KeyCreated, Op, Released, Status, Unseal};
+use api::kms::{Anchor, Grant, Identity, KeyCreated, Op, Released, Status, Unseal};
 use api::{Error, ErrorCode, context};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -152,7 +153,7 @@ impl Kms {
         let allowed: &[&str] = match &op {
             Op::Status => &["control", "host", "audit-read", "root"],
             Op::WorkspaceKeyCreate { .. } | Op::Destroy { .. } => &["control"],
-            Op::Release { .. } => &["host"],
+            Op::Release { .. } | Op::Anchor { .. } => &["host"],
             Op::Unseal { .. } | Op::Rotate => &["root"],
             Op::LogOpen { .. } => &["audit-read"],
         };
@@ -166,6 +167,7 @@ impl Kms {
                 receipt,
                 attestation,
             } => ok(&k.release(&call, &receipt, &attestation).await?),
+            Op::Anchor { statement } => ok(&k.anchor(&call, &statement).await?),
             Op::Destroy {
                 workspace,
                 authority,
@@ -423,7 +425,8 @@ impl Inner {
             Ok(found) => found,
             Err(r) => return Err(self.refuse(call, r, Some(workspace)).await),
         };
-        let released = self.seal_grant(&cleared, &key, w.version)?;
+        let anchor = self.store.anchor(workspace).await?;
+        let released = self.seal_grant(&cleared, &key, w.version, anchor)?;
         if self.doomed().contains(workspace) {
             return Err(self.refuse(call, Refusal::Destroyed, Some(workspace)).await);
         }
@@ -431,7 +434,13 @@ impl Inner {
         Ok(released)
     }
 
-    fn seal_grant(&self, c: &Cleared, key: &Key, version: u32) -> api::Result<Released> {
+    fn seal_grant(
+        &self,
+        c: &Cleared,
+        key: &Key,
+        version: u32,
+        anchor: Option<Anchor>,
+    ) -> api::Result<Released> {
         let hex_of = |key: Key| seal::Zeroizing::new(hex::encode(key.expose()));
         let workspace = &c.lease.workspace;
         let disk_key = hex_of(purpose_key(
@@ -444,6 +453,8 @@ impl Inner {
         let mut grant = Grant {
             workspace: workspace.clone(),
             start_id: c.lease.start_id.clone(),
+            run: c.intent.index.saturating_add(1),
+            anchor,
             disk_key: disk_key.to_string(),
             identity_seed: seed.to_string(),
             config_digest: c.lease.config_digest.clone(),
@@ -473,7 +484,7 @@ impl Inner {
     ///
     /// `row` may have been read before: once a key is destroyed, its row's epoch is held no more,
     /// and it is read again.
-    async fn workspace_key(
+    pub(crate) async fn workspace_key(
         &self,
         ring: &Ring,
         id: &WorkspaceId,

@@ -7,6 +7,7 @@
 //! | [`once`] | what may be used once |
 //! | [`keyring`], [`ring`] | how keys hang together; the unsealed ones in memory |
 //! | [`store`], [`slots`], [`unseal`] | what is at rest: wrapped keys, epoch secrets, the way in |
+//! | `anchor` | how far each disk has got |
 //! | [`rotate`], `destroy` | a new epoch; what was erased becomes unrecoverable |
 //! | [`duties`] | what it does without being asked |
 //!
@@ -14,6 +15,7 @@
 //! `docs/formats/kms-state.md` describes what is at rest, byte by byte.
 #![forbid(unsafe_code)]
 
+mod anchor;
 pub mod check;
 mod destroy;
 pub mod duties;

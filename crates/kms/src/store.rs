@@ -5,6 +5,7 @@
 
 use crate::error::KmsError;
 use crate::limits::{OUTBOX_MAX, STORE_WAIT};
+use api::kms::Anchor;
 use model::{AccountId, WorkspaceId};
 use sqlx::sqlite::{
     SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteRow, SqliteSynchronous,
@@ -33,6 +34,9 @@ const SCHEMA: &[&str] = &[
     "CREATE TABLE IF NOT EXISTS log_key (
         class TEXT PRIMARY KEY, first_day INTEGER NOT NULL, epoch INTEGER NOT NULL,
         wrapped BLOB NOT NULL) STRICT",
+    "CREATE TABLE IF NOT EXISTS anchor (
+        workspace TEXT PRIMARY KEY REFERENCES workspace (id), run INTEGER NOT NULL,
+        batch INTEGER NOT NULL, root TEXT NOT NULL, time_ms INTEGER NOT NULL) STRICT",
     "CREATE TABLE IF NOT EXISTS outbox (
         id INTEGER PRIMARY KEY AUTOINCREMENT, class TEXT NOT NULL, entry TEXT NOT NULL) STRICT",
 ];
@@ -261,6 +265,54 @@ impl Store {
             .execute(&self.write)
             .await
             .map_err(KmsError::store("note account's log key"))?;
+        Ok(())
+    }
+
+    /// How far a workspace's disk had got.
+    ///
+    /// # Errors
+    /// The database's.
+    pub async fn anchor(&self, id: &WorkspaceId) -> Result<Option<Anchor>, KmsError> {
+        sqlx::query("SELECT run, batch, root FROM anchor WHERE workspace = $1")
+            .bind(id.as_str())
+            .fetch_optional(&self.read)
+            .await
+            .map_err(KmsError::store("read anchor"))?
+            .map(|row| {
+                Ok(Anchor {
+                    run: number(&row, "run")?,
+                    batch: number(&row, "batch")?,
+                    root: get(&row, "root")?,
+                })
+            })
+            .transpose()
+    }
+
+    /// Notes how far a living workspace's disk has got, if that is further than what is noted.
+    ///
+    /// # Errors
+    /// The database's.
+    pub async fn anchor_raise(
+        &self,
+        id: &WorkspaceId,
+        anchor: &Anchor,
+        now_ms: u64,
+    ) -> Result<(), KmsError> {
+        sqlx::query(
+            "INSERT INTO anchor (workspace, run, batch, root, time_ms)
+             SELECT id, $2, $3, $4, $5 FROM workspace WHERE id = $1 AND wrapped IS NOT NULL
+             ON CONFLICT (workspace) DO UPDATE SET run = excluded.run, batch = excluded.batch,
+                root = excluded.root, time_ms = excluded.time_ms
+             WHERE (excluded.run, excluded.batch) > (anchor.run, anchor.batch)",
+        )
+        .bind(id.as_str())
+        .bind(signed(anchor.run))
+        .bind(signed(anchor.batch))
+        .bind(&anchor.root)
+        .bind(signed(now_ms))
+        .execute(&self.write)
+        .await
+        .map_err(KmsError::store("write anchor"))?;
         Ok(())
     }
 
@@ -531,9 +583,15 @@ pub async fn workspace_erase(
     .bind(signed(epoch))
     .bind(digest)
     .bind(signed(now_ms))
-    .execute(conn)
+    .execute(&mut *conn)
     .await
     .map_err(KmsError::store("erase workspace key"))?;
+    // What is left of the disk is of no use to anyone.
+    sqlx::query("DELETE FROM anchor WHERE workspace = $1")
+        .bind(id.as_str())
+        .execute(conn)
+        .await
+        .map_err(KmsError::store("forget anchor"))?;
     Ok(())
 }
 

@@ -6,7 +6,7 @@ use crate::fault::{Faults, Step};
 use crate::keyring::{Key, Place, epoch_root};
 use crate::testing::{World, account, workspace};
 use api::audit::{Class, Phase};
-use api::kms::{Erasure, Identity, Op};
+use api::kms::{Anchor, AnchorStatement, Erasure, Identity, Op};
 use api::mint::PolicyAct;
 use api::{ErrorCode, context};
 use seal::hpke;
@@ -14,6 +14,7 @@ use seal::sign::{Signed, VerifyingKey};
 use serde_json::Value;
 use std::sync::atomic::Ordering;
 
+mod anchor;
 mod crash;
 mod erase;
 mod hostile;
@@ -207,6 +208,20 @@ async fn each_operation_has_its_caller() {
                 &["host"],
             ),
             (
+                Op::Anchor {
+                    statement: AnchorStatement {
+                        workspace: workspace(1),
+                        anchor: Anchor {
+                            run: 0,
+                            batch: 0,
+                            root: String::new(),
+                        },
+                        mac: String::new(),
+                    },
+                },
+                &["host"],
+            ),
+            (
                 Op::Destroy {
                     workspace: workspace(1),
                     authority: String::new(),
@@ -244,7 +259,7 @@ async fn each_operation_has_its_caller() {
         .iter()
         .filter(|(_, e)| e.result.as_deref() == Some("peer"))
         .count();
-    assert_eq!(by_peer, 7 * 6 - 6);
+    assert_eq!(by_peer, 7 * 7 - 7);
 }
 
 #[tokio::test]

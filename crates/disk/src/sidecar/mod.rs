@@ -179,8 +179,12 @@ impl<B: Backing> Sidecar<B> {
     /// # Errors
     /// The file's.
     pub fn create(file: B, keys: Keys, sectors: u64, run: u64) -> Result<Self, DiskError> {
-        file.set_len(0)
-            .map_err(DiskError::io("emptying a new sidecar"))?;
+        let making = || DiskError::io("making the sidecar");
+        file.set_len(0).map_err(making())?;
+        // Written once, so that no sync of a batch has to wait for the file system's own journal,
+        // and with it for the data of all its files.
+        let blank = vec![0; usize::try_from(JOURNAL_BYTES).expect("a small constant")];
+        file.write_at(JOURNAL_AT, &blank).map_err(making())?;
         let commit = Commit {
             run,
             generation: Generation { run, batch: 1 },
@@ -235,11 +239,6 @@ impl<B: Backing> Sidecar<B> {
         Ok(())
     }
 
-    /// The tag of a sector's ciphertext: the caller's work, outside of all locks.
-    pub fn tag(&self, sector: u64, data: &[u8; SECTOR_BYTES]) -> Tag {
-        self.keys.tagger.tag(SECTOR_DOMAIN, sector, data)
-    }
-
     /// Fills `out` (whole sectors) with the ciphertext of the sectors from `first` on, each one
     /// checked. The caller holds their range.
     ///
@@ -282,36 +281,49 @@ impl<B: Backing> Sidecar<B> {
         Ok(())
     }
 
-    /// Takes whole sectors of ciphertext with their tags over. They are readable from here on, and
-    /// durable after the next [`Sidecar::sync`]. The caller holds their range.
+    /// Takes whole sectors of ciphertext over. They are readable from here on, and durable after
+    /// the next [`Sidecar::sync`]. The caller holds their range.
     ///
     /// # Errors
     /// The files', about what was taken over before: `ENOSPC` may pass.
-    pub fn write(&self, data: &B, first: u64, bytes: &[u8], tags: &[Tag]) -> io::Result<()> {
+    pub fn write(&self, data: &B, first: u64, bytes: &[u8]) -> io::Result<()> {
         let (sectors, rest) = bytes.as_chunks::<SECTOR_BYTES>();
-        assert!(rest.is_empty() && sectors.len() == tags.len());
-        assert!(first + sectors.len() as u64 <= self.sectors);
-        if self.is_making() {
-            return self.write_making(data, first, bytes, tags);
+        assert!(rest.is_empty() && first + sectors.len() as u64 <= self.sectors);
+        for (first, sectors) in (first..).step_by(STRIDE).zip(sectors.chunks(STRIDE)) {
+            let mut tags = [[0; 16]; STRIDE];
+            for (number, (sector, tag)) in (first..).zip(sectors.iter().zip(&mut tags)) {
+                *tag = self.keys.tagger.tag(SECTOR_DOMAIN, number, sector);
+            }
+            self.write_stride(data, first, sectors, &tags[..sectors.len()])?;
         }
-        let strides = sectors.chunks(STRIDE).zip(tags.chunks(STRIDE));
-        for (first, (sectors, tags)) in (first..).step_by(STRIDE).zip(strides) {
-            while !self
-                .buffers()
-                .put(first, sectors, tags, self.buffer_sectors)
-            {
-                let mut commit = self.committer();
-                // Another thread may have made room meanwhile.
-                if !self.buffers().has_room(sectors.len(), self.buffer_sectors) {
-                    self.drain(&mut commit, data, false)?;
-                }
+        Ok(())
+    }
+
+    fn write_stride(
+        &self,
+        data: &B,
+        first: u64,
+        sectors: &[[u8; SECTOR_BYTES]],
+        tags: &[Tag],
+    ) -> io::Result<()> {
+        if self.making.load(Ordering::SeqCst) {
+            data.write_at(place(first), sectors.as_flattened())?;
+            return self.note_making(first, tags);
+        }
+        while !self
+            .buffers()
+            .put(first, sectors, tags, self.buffer_sectors)
+        {
+            let mut commit = self.committer();
+            // Another thread may have made room meanwhile.
+            if !self.buffers().has_room(sectors.len(), self.buffer_sectors) {
+                self.drain(&mut commit, data, false)?;
             }
         }
         Ok(())
     }
 
-    fn write_making(&self, data: &B, first: u64, bytes: &[u8], tags: &[Tag]) -> io::Result<()> {
-        data.write_at(place(first), bytes)?;
+    fn note_making(&self, first: u64, tags: &[Tag]) -> io::Result<()> {
         let mut view = self.view_mut();
         for (number, tag) in (first..).zip(tags) {
             view.changes.set(number, *tag);

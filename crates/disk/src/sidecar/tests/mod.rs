@@ -284,11 +284,7 @@ fn write(
     first: u64,
     sectors: &[[u8; SECTOR_BYTES]],
 ) -> io::Result<()> {
-    let tags: Vec<_> = (first..)
-        .zip(sectors)
-        .map(|(n, sector)| sidecar.tag(n, sector))
-        .collect();
-    sidecar.write(data, first, sectors.as_flattened(), &tags)
+    sidecar.write(data, first, sectors.as_flattened())
 }
 
 fn read(sidecar: &Sidecar<Store>, data: &Store, sector: u64) -> io::Result<[u8; SECTOR_BYTES]> {
