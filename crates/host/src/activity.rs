@@ -72,7 +72,10 @@ mod tests {
         activity.note(&id);
         assert!(activity.idle_ms_at(&id, later) <= 90_000);
         let noted = activity.lock()[&id];
-        assert_eq!(activity.idle_ms_at(&id, noted + Duration::from_secs(7)), 7_000);
+        assert_eq!(
+            activity.idle_ms_at(&id, noted + Duration::from_secs(7)),
+            7_000
+        );
         activity.forget(&id);
         assert_eq!(activity.idle_ms_at(&id, later), 90_000);
     }

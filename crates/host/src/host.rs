@@ -183,7 +183,10 @@ impl Host {
         {
             let _one = self.applying.lock().await;
             let last = self.with(&id, |e| Arc::clone(&e.handle.desired.borrow()));
-            if last.as_ref().is_some_and(|last| generation < last.generation) {
+            if last
+                .as_ref()
+                .is_some_and(|last| generation < last.generation)
+            {
                 return Err(Error::new(
                     ErrorCode::Conflict,
                     "a newer state of this workspace is known already",
@@ -207,8 +210,8 @@ impl Host {
             }
             // A wish of the same generation says nothing new but what a start waits for, and which
             // a host that restarts is told again: the start does not wait for the disk then.
-            let known = starts_on
-                .is_some_and(|l| l.generation == generation && l.power == desired.power);
+            let known =
+                starts_on.is_some_and(|l| l.generation == generation && l.power == desired.power);
             let (store, d) = (self.shared.store.clone(), desired.clone());
             let put = blocking(move || store.put(&d));
             let put = if known {

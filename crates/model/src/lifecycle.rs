@@ -200,16 +200,13 @@ mod tests {
         fn restarts_are_bounded(max in 0_u32..=1_000, now in 0..u64::MAX / 2) {
             let mut restarts = 0;
             let mut pause = 0;
-            loop {
-                match after_exit(RestartPolicy::Always, Some(max), exit(restarts), now) {
-                    AfterExit::Restart { at_ms, restarts: n } => {
-                        prop_assert_eq!(n, restarts + 1);
-                        prop_assert!(n <= max && at_ms - now >= pause);
-                        prop_assert!(at_ms - now <= RESTART_PAUSE_MAX_MS);
-                        (pause, restarts) = (at_ms - now, n);
-                    }
-                    AfterExit::Stay | AfterExit::GiveUp => break,
-                }
+            while let AfterExit::Restart { at_ms, restarts: n } =
+                after_exit(RestartPolicy::Always, Some(max), exit(restarts), now)
+            {
+                prop_assert_eq!(n, restarts + 1);
+                prop_assert!(n <= max && at_ms - now >= pause);
+                prop_assert!(at_ms - now <= RESTART_PAUSE_MAX_MS);
+                (pause, restarts) = (at_ms - now, n);
             }
             prop_assert_eq!(restarts, max);
         }

@@ -286,14 +286,14 @@ async fn what_was_used_is_told_once_and_what_is_used_again_and_again() {
     w.run();
     assert!(w.table.used_take(10).is_empty());
     let (_, live) = w.admit(1).unwrap();
-    assert_eq!(w.table.used_take(10), [w.ws.clone()]);
+    assert_eq!(w.table.used_take(10), std::slice::from_ref(&w.ws));
     assert!(w.table.used_take(10).is_empty());
     // It goes on; and what nobody heard is told again.
     w.table.used_note_live();
     let told = w.table.used_take(10);
     drop(live);
     w.table.used_return(told);
-    assert_eq!(w.table.used_take(10), [w.ws.clone()]);
+    assert_eq!(w.table.used_take(10), std::slice::from_ref(&w.ws));
     w.table.used_note_live();
     assert!(w.table.used_take(10).is_empty());
     w.table.used_return(vec![WorkspaceId::from_bytes([9; 8])]);
