@@ -42,6 +42,9 @@ pub enum Op {
 pub enum WardenOp {
     /// Keep the file whose descriptor comes with this (SCM_RIGHTS). Answer: `true`.
     DiskFd,
+    /// The file lies where the VMM opens it by name, in its jail: for a VMM that takes no
+    /// descriptors, in place of [`Self::DiskFd`]. Answer: `true`.
+    DiskMounted,
     /// A volume is behind that file now: [`Op::Attach`] may use it. Answer: `true`.
     DiskReady {
         /// Size of the file, bytes.

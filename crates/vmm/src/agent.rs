@@ -151,8 +151,10 @@ impl Channel {
         let Ok((mut socket, _)) = listener.accept() else {
             return;
         };
-        let told = socket
-            .set_nonblocking(false)
+        // Shut down, not only dropped: whoever started us left a copy of the descriptor.
+        let told = rustix::net::shutdown(&*listener, rustix::net::Shutdown::Both)
+            .map_err(std::io::Error::from)
+            .and_then(|()| socket.set_nonblocking(false))
             .and_then(|()| socket.set_write_timeout(Some(AGENT_WRITE_MAX)))
             .and_then(|()| socket.write_all(waiting));
         self.open = told.is_ok();

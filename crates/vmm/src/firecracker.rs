@@ -28,7 +28,7 @@ pub mod http;
 pub mod pin;
 
 use crate::qemu::How;
-use crate::{Error, Event, Vmm};
+use crate::{DiskFile, Error, Event, Vmm};
 use http::Http;
 use serde::Deserialize;
 use std::num::NonZeroU64;
@@ -301,8 +301,14 @@ impl Vmm for Firecracker {
         Ok(())
     }
 
-    fn disk_attach(&mut self, _: BorrowedFd<'_>, _: u64) -> Result<(), Error> {
+    fn disk_attach(&mut self, disk: &DiskFile, _: u64) -> Result<(), Error> {
         self.expect("drives/disk", State::Stopped)?;
+        if let DiskFile::Descriptor(_) = disk {
+            return Err(Error::Refused {
+                command: "drives/disk",
+                why: "Firecracker takes no descriptors".into(),
+            });
+        }
         self.act(&api::disk_reopen(&self.spec))
     }
 

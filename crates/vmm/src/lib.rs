@@ -27,7 +27,7 @@ pub mod server;
 pub mod tsc;
 pub mod vmctl;
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 /// What can be done to a VMM: nothing else of its control socket is reachable.
@@ -57,11 +57,11 @@ pub trait Vmm {
     fn stop(&mut self) -> Result<(), Error>;
 
     /// Puts `disk` where the placeholder was: the guest's second disk. The virtual CPUs must be
-    /// stopped. The VMM keeps a copy of the descriptor.
+    /// stopped. The VMM keeps the file open.
     ///
     /// # Errors
-    /// The VMM's.
-    fn disk_attach(&mut self, disk: BorrowedFd<'_>, size_bytes: u64) -> Result<(), Error>;
+    /// The VMM's; a file that comes as this VMM takes none.
+    fn disk_attach(&mut self, disk: &DiskFile, size_bytes: u64) -> Result<(), Error>;
 
     /// Ends the VMM; gone already is good.
     ///
@@ -74,6 +74,15 @@ pub trait Vmm {
 
     /// The control socket, to wait on.
     fn control_fd(&self) -> BorrowedFd<'_>;
+}
+
+/// How the workspace's disk comes.
+#[derive(Debug)]
+pub enum DiskFile {
+    /// As a descriptor: QEMU's way.
+    Descriptor(OwnedFd),
+    /// It lies in the jail where the VMM opens it by name: Firecracker's way.
+    Mounted,
 }
 
 /// What a VMM tells unasked.

@@ -15,10 +15,10 @@ pub mod qmp;
 pub use argv::{Accel, GUEST_MAC, How, Net, Paths, Spec, argv};
 
 use crate::limits::{MIGRATE_MAX, MIGRATE_POLL, QMP_COMMAND_MAX};
-use crate::{Error, Event, Vmm};
+use crate::{DiskFile, Error, Event, Vmm};
 use qmp::Qmp;
 use serde_json::{Value, json};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
@@ -95,7 +95,13 @@ impl Vmm for Qemu {
         self.qmp.command("stop", Value::Null).map(drop)
     }
 
-    fn disk_attach(&mut self, disk: BorrowedFd<'_>, size_bytes: u64) -> Result<(), Error> {
+    fn disk_attach(&mut self, disk: &DiskFile, size_bytes: u64) -> Result<(), Error> {
+        let DiskFile::Descriptor(disk) = disk else {
+            return Err(Error::Refused {
+                command: "add-fd",
+                why: "QEMU takes its disk as a descriptor".into(),
+            });
+        };
         let file = json!({
             "driver": "file",
             "node-name": "disk-file",
@@ -123,7 +129,7 @@ impl Vmm for Qemu {
                 json!({"node-name": argv::DISK_NODE, "size": size_bytes}),
             ),
         ];
-        self.qmp.commands(&commands, disk)
+        self.qmp.commands(&commands, disk.as_fd())
     }
 
     fn quit(&mut self) -> Result<(), Error> {

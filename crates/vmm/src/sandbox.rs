@@ -18,6 +18,10 @@ const ALLOWED: &[(i64, &str)] = &[
     (libc::SYS_sendmsg, "the VMM, and the disk's descriptor"),
     (libc::SYS_write, "answers, the guest, the log"),
     (libc::SYS_accept4, "clients"),
+    (
+        libc::SYS_shutdown,
+        "nobody listens for the guest once it has connected",
+    ),
     (libc::SYS_getsockopt, "who the client is"),
     (libc::SYS_setsockopt, "how long a write may block"),
     (libc::SYS_ioctl, "FIONBIO: blocking or not"),

@@ -4,11 +4,11 @@
 //! bounded number of connections. Who may talk is the peer's uid; what they may say is a closed
 //! enum; only root may hand over a disk.
 
-use crate::Vmm;
 use crate::limits::{CLIENT_WRITE_MAX, CONNECTIONS_MAX, DISK_MAX_BYTES, DISK_MIN_BYTES};
 use crate::log;
 use crate::qemu::qmp::timespec;
 use crate::vmctl::Vm;
+use crate::{DiskFile, Vmm};
 use api::limits::FRAME_MAX_BYTES;
 use api::rpc::blocking::write_frame;
 use api::rpc::{Reply, Request, VERSION, decode};
@@ -237,6 +237,7 @@ impl<V: Vmm> Server<V> {
                     Ok((id, op)) => {
                         let kept = match op {
                             WardenOp::DiskFd => disk_fd(fd).and_then(|fd| self.vm.disk_keep(fd)),
+                            WardenOp::DiskMounted => self.vm.disk_keep(DiskFile::Mounted),
                             WardenOp::DiskReady { size_bytes } => {
                                 check_size(size_bytes).and_then(|()| self.vm.disk_ready(size_bytes))
                             }
@@ -355,9 +356,10 @@ fn request<T: serde::de::DeserializeOwned>(frame: &[u8]) -> Result<(u64, T), (u6
 }
 
 /// The disk's file. Its attributes can't be asked for: it answers the VMM's user only.
-fn disk_fd(fd: Option<OwnedFd>) -> Result<OwnedFd, Error> {
+fn disk_fd(fd: Option<OwnedFd>) -> Result<DiskFile, Error> {
     let why = "disk_fd came without a descriptor";
-    fd.ok_or_else(|| Error::new(ErrorCode::ValidationError, why))
+    fd.map(DiskFile::Descriptor)
+        .ok_or_else(|| Error::new(ErrorCode::ValidationError, why))
 }
 
 /// Whether it can be a disk's size: warden's word, which has it from the disk process.

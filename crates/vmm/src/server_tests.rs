@@ -25,7 +25,7 @@ impl Vmm for Idle {
     fn stop(&mut self) -> Result<(), VmmError> {
         Ok(())
     }
-    fn disk_attach(&mut self, _: BorrowedFd<'_>, _: u64) -> Result<(), VmmError> {
+    fn disk_attach(&mut self, _: &DiskFile, _: u64) -> Result<(), VmmError> {
         Ok(())
     }
     fn quit(&mut self) -> Result<(), VmmError> {

@@ -33,12 +33,11 @@ use crate::limits::{
     ATTACH_WAIT_MAX_MS, PREPARE_COLD_MAX, PREPARE_TEMPLATE_MAX, SHUTDOWN_GRACE_MAX_MS,
 };
 use crate::qemu::How;
-use crate::{Event, Vmm, log};
+use crate::{DiskFile, Event, Vmm, log};
 use api::agent::{FromGuest, STEPS_MAX, ToGuest, Up};
 use api::vmctl::{Op, Status, VmState};
 use api::{Error, ErrorCode};
 use serde_json::{Value, json};
-use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 /// One VM: its VMM, its guest's channel, and where it is. `T` says whom to answer.
@@ -86,7 +85,7 @@ struct Waiting<T> {
 }
 
 struct Disk {
-    fd: OwnedFd,
+    file: DiskFile,
     /// Once a volume is behind it.
     size_bytes: Option<u64>,
 }
@@ -130,7 +129,7 @@ impl<V: Vmm, T> Vm<V, T> {
     ///
     /// # Errors
     /// There is one already, or the guest is past its attach.
-    pub fn disk_keep(&mut self, fd: OwnedFd) -> Result<(), Error> {
+    pub fn disk_keep(&mut self, file: DiskFile) -> Result<(), Error> {
         if !matches!(
             self.state,
             State::Created | State::Booting | State::Rehearsing | State::Pooled
@@ -141,7 +140,7 @@ impl<V: Vmm, T> Vm<V, T> {
             return Err(self.conflict("it has a disk already"));
         }
         self.disk = Some(Disk {
-            fd,
+            file,
             size_bytes: None,
         });
         Ok(())
@@ -351,7 +350,7 @@ impl<V: Vmm, T> Vm<V, T> {
             return self.answers.push((reply, Err(e)));
         }
         let ready = self.disk.take_if(|d| d.size_bytes.is_some());
-        let Some((disk, size_bytes)) = ready.and_then(|d| Some((d.fd, d.size_bytes?))) else {
+        let Some((disk, size_bytes)) = ready.and_then(|d| Some((d.file, d.size_bytes?))) else {
             let e = self.conflict("no disk is ready; open and grant the slot's disk first");
             return self.answers.push((reply, Err(e)));
         };
@@ -360,7 +359,7 @@ impl<V: Vmm, T> Vm<V, T> {
         let begun = Instant::now();
         if let Err(e) = self
             .vmm
-            .disk_attach(disk.as_fd(), size_bytes)
+            .disk_attach(&disk, size_bytes)
             .and_then(|()| self.vmm.cont())
         {
             return self.fail(vmm_error(&e));

@@ -4,7 +4,7 @@
 use super::*;
 use std::cell::RefCell;
 use std::io::{BufRead, BufReader, Write};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 
@@ -47,7 +47,7 @@ impl Vmm for Double {
     fn stop(&mut self) -> Result<(), crate::Error> {
         self.act("stop")
     }
-    fn disk_attach(&mut self, _: BorrowedFd<'_>, _: u64) -> Result<(), crate::Error> {
+    fn disk_attach(&mut self, _: &DiskFile, _: u64) -> Result<(), crate::Error> {
         self.act("disk_attach")
     }
     fn quit(&mut self) -> Result<(), crate::Error> {
@@ -114,7 +114,9 @@ impl World {
 
     fn disk(&mut self) {
         let file = tempfile::tempfile().unwrap();
-        self.vm.disk_keep(file.into()).unwrap();
+        self.vm
+            .disk_keep(DiskFile::Descriptor(file.into()))
+            .unwrap();
         self.vm.disk_ready(1 << 21).unwrap();
     }
 
@@ -391,8 +393,8 @@ fn an_attach_needs_a_disk_and_a_bounded_wait() {
     let file = || tempfile::tempfile().unwrap().into();
     assert_eq!(code(w.ask(attach(1000))), ErrorCode::Conflict);
     assert!(w.vm.disk_ready(1 << 21).is_err());
-    w.vm.disk_keep(file()).unwrap();
-    assert!(w.vm.disk_keep(file()).is_err());
+    w.vm.disk_keep(DiskFile::Descriptor(file())).unwrap();
+    assert!(w.vm.disk_keep(DiskFile::Mounted).is_err());
     assert_eq!(code(w.ask(attach(1000))), ErrorCode::Conflict, "no volume");
     w.vm.disk_ready(1 << 21).unwrap();
     assert!(w.vm.disk_ready(1 << 21).is_err());
@@ -412,7 +414,7 @@ proptest::proptest! {
                 0 => drop(w.ask(Op::Prepare)),
                 1 => drop(w.say(r#"{"type":"rehearsed"}"#)),
                 2 => drop(w.say(r#"{"type":"up","kernel":"6"}"#)),
-                3 => drop(w.vm.disk_keep(tempfile::tempfile().unwrap().into())),
+                3 => drop(w.vm.disk_keep(DiskFile::Mounted)),
                 13 => drop(w.vm.disk_ready(1 << 21)),
                 4 => drop(w.ask(attach(100))),
                 5 => drop(w.ask(Op::Pause)),

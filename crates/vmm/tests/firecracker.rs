@@ -7,180 +7,16 @@ mod sim;
 
 use proptest::prelude::*;
 use serde_json::{Value, json};
-use sim::firecracker::{Fault, Server, State};
+use sim::firecracker::{Fault, State};
+use sim::world::{Peer, WAIT, World, double, real, worlds};
 use std::io::{Read, Write};
 use std::num::NonZeroU64;
-use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
-use vmm::firecracker::{Firecracker, Limits, Paths, Spec, api, argv, http, pin};
+use std::time::Instant;
+use vmm::firecracker::{Limits, api, http, pin};
 use vmm::qemu::How;
-use vmm::{Error, Event, Vmm};
-
-const WAIT: Duration = Duration::from_secs(60);
-
-/// The real one, or why there is none.
-fn real() -> Result<PathBuf, String> {
-    let path = std::env::var_os("CASEMATE_FIRECRACKER").ok_or("CASEMATE_FIRECRACKER is not set")?;
-    if !rustix::process::geteuid().is_root() {
-        return Err("a tap needs root".into());
-    }
-    if std::fs::File::open("/dev/kvm").is_err() {
-        return Err("/dev/kvm does not open".into());
-    }
-    if !artifacts().join("kernel/vmlinux").exists() {
-        return Err("there is no kernel among the artifacts".into());
-    }
-    Ok(path.into())
-}
-
-fn artifacts() -> PathBuf {
-    std::env::var_os("CASEMATE_ARTIFACTS").map_or_else(
-        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/artifacts"),
-        PathBuf::from,
-    )
-}
-
-/// What is at the other end of the API's socket.
-enum Peer {
-    Double(Server),
-    Real(Child),
-}
-
-impl Drop for Peer {
-    fn drop(&mut self) {
-        if let Self::Real(child) = self {
-            // Ended by itself is good.
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
-}
-
-/// A directory as a jail has it, and the API in it.
-struct World {
-    // Dropped in this order: the double's thread ends with its connection.
-    control: Option<UnixStream>,
-    peer: Peer,
-    spec: Spec,
-    dir: tempfile::TempDir,
-}
-
-/// A double, and a real one if there is one.
-fn worlds(how: How, template: &Path) -> Vec<World> {
-    let mut worlds = vec![double(how, template, None)];
-    match real() {
-        Ok(program) => worlds.push(World::real(&program, how, template)),
-        Err(why) => eprintln!("skipped the real Firecracker: {why}"),
-    }
-    worlds
-}
-
-fn double(how: How, template: &Path, fault: Option<(usize, Fault)>) -> World {
-    let dir = tempfile::tempdir().unwrap();
-    let spec = spec(dir.path(), how, template, false);
-    let (server, control) = Server::start(fault);
-    World {
-        control: Some(control),
-        peer: Peer::Double(server),
-        spec,
-        dir,
-    }
-}
-
-fn spec(dir: &Path, how: How, template: &Path, real: bool) -> Spec {
-    let at = |name: &str| dir.join(name).to_str().unwrap().to_owned();
-    let kernel = |name: &str| {
-        let path = artifacts().join("kernel").join(name);
-        path.to_str().unwrap().to_owned()
-    };
-    for name in ["image", "kernel", "initramfs"] {
-        std::fs::write(at(name), vec![0; 4096]).unwrap();
-    }
-    let placeholder = std::fs::File::create(at("disk")).unwrap();
-    placeholder.set_len(vmm::limits::DISK_MAX_BYTES).unwrap();
-    let pick = |name: &str, file: &str| if real { kernel(file) } else { at(name) };
-    Spec {
-        how,
-        memory_mib: 128,
-        cpus: 1,
-        tap: true,
-        limits: Limits::default(),
-        paths: Paths {
-            control: at("api.sock"),
-            image: at("image"),
-            disk: at("disk"),
-            kernel: pick("kernel", "vmlinux"),
-            initramfs: pick("initramfs", "initramfs.cpio"),
-            memory: template.join("memory").to_str().unwrap().into(),
-            state: template.join("state").to_str().unwrap().into(),
-            vsock: at("vsock"),
-        },
-    }
-}
-
-impl World {
-    fn real(program: &Path, how: How, template: &Path) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let spec = spec(dir.path(), how, template, true);
-        // A network of its own, since it makes its tap.
-        let mut child = Command::new("unshare")
-            .arg("--net")
-            .arg(program)
-            .args(argv(&spec.paths))
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
-        let deadline = Instant::now() + WAIT;
-        let control = loop {
-            match UnixStream::connect(&spec.paths.control) {
-                Ok(s) => break s,
-                Err(e) => assert!(Instant::now() < deadline, "{e}"),
-            }
-            assert_eq!(child.try_wait().unwrap(), None, "it ended");
-            std::thread::yield_now();
-        };
-        Self {
-            control: Some(control),
-            peer: Peer::Real(child),
-            spec,
-            dir,
-        }
-    }
-
-    fn greet(&mut self) -> Result<Firecracker, Error> {
-        Firecracker::new(self.control.take().unwrap(), self.spec.clone())
-    }
-
-    /// As warden does by moving a mount: the path is another file from now on.
-    fn disk_comes(&self) -> std::fs::File {
-        let new = self.dir.path().join("new");
-        let file = std::fs::File::create(&new).unwrap();
-        file.set_len(64 << 20).unwrap();
-        std::fs::rename(&new, &self.spec.paths.disk).unwrap();
-        file
-    }
-
-    fn server(&self) -> &Server {
-        match &self.peer {
-            Peer::Double(s) => s,
-            Peer::Real(_) => panic!("the real one can't be looked into"),
-        }
-    }
-
-    /// The files that the process has open, where there is a process.
-    fn open_files(&self) -> Vec<PathBuf> {
-        let Peer::Real(child) = &self.peer else {
-            return Vec::new();
-        };
-        let fds = std::fs::read_dir(format!("/proc/{}/fd", child.id())).unwrap();
-        fds.filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok())
-            .collect()
-    }
-}
+use vmm::{DiskFile, Error, Event, Vmm};
 
 fn per_s(n: u64) -> Option<NonZeroU64> {
     NonZeroU64::new(n)
@@ -194,8 +30,11 @@ fn a_cold_vm_starts_takes_its_disk_and_stops() {
         vmm.cont().unwrap();
         assert_eq!(vmm.event(), None);
         vmm.stop().unwrap();
-        let file = w.disk_comes();
-        vmm.disk_attach(file.as_fd(), 64 << 20).unwrap();
+        let fd = std::os::fd::OwnedFd::from(tempfile::tempfile().unwrap());
+        let given = vmm.disk_attach(&DiskFile::Descriptor(fd), 64 << 20);
+        assert!(matches!(given, Err(Error::Refused { .. })), "{given:?}");
+        w.disk_comes();
+        vmm.disk_attach(&DiskFile::Mounted, 64 << 20).unwrap();
         let files = w.open_files();
         if !files.is_empty() {
             let disk = Path::new(&w.spec.paths.disk);
@@ -268,11 +107,11 @@ fn a_template_is_saved_and_restored() {
             );
             assert!(mapped.all(|l| l.contains(" rw-p ")), "memory is shared");
         }
-        let file = w.disk_comes();
+        w.disk_comes();
         if matches!(again.peer, Peer::Double(_)) {
             again.disk_comes();
         }
-        vmm.disk_attach(file.as_fd(), 64 << 20).unwrap();
+        vmm.disk_attach(&DiskFile::Mounted, 64 << 20).unwrap();
         vmm.cont().unwrap();
         vmm.stop().unwrap();
         vmm.quit().unwrap();
@@ -588,11 +427,10 @@ fn death_at_every_request() {
 
 fn life(w: &mut World) -> Result<(), Error> {
     let mut vmm = w.greet()?;
-    let file = tempfile::tempfile().unwrap();
     let done = vmm
         .cont()
         .and_then(|()| vmm.stop())
-        .and_then(|()| vmm.disk_attach(file.as_fd(), 1 << 21))
+        .and_then(|()| vmm.disk_attach(&DiskFile::Mounted, 1 << 21))
         .and_then(|()| vmm.cont())
         .and_then(|()| vmm.stop());
     if done.is_err() {
@@ -775,13 +613,12 @@ proptest! {
         let mut w = double(how, dir.path(), None);
         let mut vmm = w.greet().unwrap();
         for act in acts {
-            let file = tempfile::tempfile().unwrap();
             let done = match act {
                 Act::Restore => vmm.restore(),
                 Act::Save => vmm.save(),
                 Act::Cont => vmm.cont(),
                 Act::Stop => vmm.stop(),
-                Act::Disk => vmm.disk_attach(file.as_fd(), 1 << 21),
+                Act::Disk => vmm.disk_attach(&DiskFile::Mounted, 1 << 21),
                 Act::Limit => vmm.limit(&Limits::default()),
             };
             let state = w.server().state();

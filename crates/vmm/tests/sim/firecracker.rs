@@ -43,6 +43,10 @@ pub struct Seen {
     pub refused: Vec<String>,
     pub state: State,
     pub version: String,
+    /// Whether the files that it is told of must be there, as the real one wants them.
+    pub files: bool,
+    /// What a template's state says, in place of its file.
+    pub template: Option<String>,
     /// At which request (from 0), what.
     pub fault: Option<(usize, Fault)>,
     boot_path: bool,
@@ -65,6 +69,8 @@ impl Server {
             refused: Vec::new(),
             state: State::NotStarted,
             version: vmm::firecracker::pin::VERSION.into(),
+            files: true,
+            template: None,
             fault,
             boot_path: false,
             kernel: false,
@@ -480,13 +486,13 @@ impl Seen {
         self.boot_path |= known.when == When::Before && !loads && known.path != "/serial";
         match (method, known.path) {
             ("PUT", "/boot-source") => {
-                readable(text("kernel_image_path"))?;
-                readable(text("initrd_path"))?;
+                self.open(text("kernel_image_path"), false)?;
+                self.open(text("initrd_path"), false)?;
                 self.kernel = true;
             }
             ("PUT", "/drives/") => {
                 let read_only = body["is_read_only"] == json!(true);
-                openable(text("path_on_host"), !read_only)?;
+                self.open(text("path_on_host"), !read_only)?;
                 self.drives.insert(id.into());
             }
             ("PATCH", "/drives/") => {
@@ -494,7 +500,7 @@ impl Seen {
                     return Err("Unable to patch the block device".into());
                 }
                 if body.get("path_on_host").is_some() {
-                    openable(text("path_on_host"), true)?;
+                    self.open(text("path_on_host"), true)?;
                 }
             }
             ("PUT", "/network-interfaces/") => {
@@ -534,9 +540,12 @@ impl Seen {
                         .into());
                 }
                 let path = body["mem_backend"]["backend_path"].as_str().unwrap_or("");
-                readable(path).map_err(lost)?;
-                let text = std::fs::read_to_string(text("snapshot_path"))
-                    .map_err(|e| lost(e.to_string()))?;
+                self.open(path, false).map_err(lost)?;
+                let text = match &self.template {
+                    Some(t) => t.clone(),
+                    None => std::fs::read_to_string(text("snapshot_path"))
+                        .map_err(|e| lost(e.to_string()))?,
+                };
                 let devices: Value =
                     serde_json::from_str(&text).map_err(|e| lost(e.to_string()))?;
                 let names = |kind: &str| {
@@ -554,18 +563,17 @@ impl Seen {
         }
         Ok(())
     }
-}
 
-fn readable(path: &str) -> Result<(), String> {
-    openable(path, false)
-}
-
-fn openable(path: &str, write: bool) -> Result<(), String> {
-    let opened = std::fs::OpenOptions::new()
-        .read(true)
-        .write(write)
-        .open(path);
-    opened.map(drop).map_err(|e| format!("{path}: {e}"))
+    fn open(&self, path: &str, write: bool) -> Result<(), String> {
+        if !self.files {
+            return Ok(());
+        }
+        let opened = std::fs::OpenOptions::new()
+            .read(true)
+            .write(write)
+            .open(path);
+        opened.map(drop).map_err(|e| format!("{path}: {e}"))
+    }
 }
 
 fn respond(status: u16, body: Option<&Value>) -> Vec<u8> {

@@ -2,3 +2,4 @@
 #![allow(dead_code, clippy::unwrap_used, unreachable_pub)]
 
 pub mod firecracker;
+pub mod world;
