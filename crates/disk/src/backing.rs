@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
 use rustix::fs::{FallocateFlags, fallocate};
@@ -23,6 +24,9 @@ pub trait Backing: Send + Sync {
     /// # Errors
     /// The kernel's.
     fn punch(&self, offset: u64, len: u64) -> io::Result<()>;
+    /// Asks the store to begin writing what is only in memory, and waits for nothing. It promises
+    /// nothing: what fails on the way is said by the next [`Backing::sync`].
+    fn write_out(&self) {}
     /// Makes all that was written durable.
     ///
     /// # Errors
@@ -66,6 +70,13 @@ impl Backing for File {
     fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         Ok(fallocate(self, flags, offset, len)?)
+    }
+
+    fn write_out(&self) {
+        // SAFETY: takes numbers only, and the descriptor is open as long as `self` is. From 0 to 0
+        // means the whole file. Its error is not lost: the kernel keeps it for the next fdatasync.
+        let _kept =
+            unsafe { libc::sync_file_range(self.as_raw_fd(), 0, 0, libc::SYNC_FILE_RANGE_WRITE) };
     }
 
     fn sync(&self) -> io::Result<()> {
