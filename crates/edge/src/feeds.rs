@@ -191,8 +191,9 @@ pub async fn tell_guests(table: Arc<Table>, guests: Arc<Guests>, metrics: Arc<Me
                 Arc::clone(&metrics),
             );
             tokio::spawn(async move {
-                let told = tokio::time::timeout(PUSH_MAX, guests.tell(&push)).await;
-                let taken = matches!(told, Ok(Ok(())));
+                let told = guests.tell(&table, push.clone());
+                let told = tokio::time::timeout(PUSH_MAX, told).await;
+                let (push, taken) = told.unwrap_or((push, false));
                 drop(permit);
                 if !taken {
                     metrics.pushes_failed.inc();

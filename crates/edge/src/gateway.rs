@@ -129,7 +129,7 @@ impl Gateway {
                 // One handshake is enough.
                 Some((_, true)) => settled.await,
                 Some((push, false)) => {
-                    let taken = self.guests.tell(&push).await.is_ok();
+                    let (push, taken) = self.guests.tell(&self.table, push).await;
                     return self.table.told(&push, taken);
                 }
             }

@@ -96,11 +96,31 @@ impl Guests {
         }
     }
 
-    /// Hands a guest its token state.
-    ///
-    /// # Errors
-    /// If the guest did not take it.
-    pub async fn tell(&self, push: &Push) -> Result<(), Error> {
+    /// Hands a guest its token state: the newest that the table has once there is a connection,
+    /// for a handshake takes longer than its owner to ask for a token. Returns what was told, and
+    /// whether the guest took it.
+    pub async fn tell(&self, table: &Table, push: Push) -> (Push, bool) {
+        let dialled = self.warm(&push.route).await;
+        let newest = table
+            .untold(&push.route.workspace)
+            .map(|(newest, _)| newest);
+        let push = newest.filter(|n| n.route == push.route).unwrap_or(push);
+        let taken = dialled.is_ok() && self.tell_one(&push).await.is_ok();
+        (push, taken)
+    }
+
+    /// Sees to it that a connection to a guest is there.
+    async fn warm(&self, route: &Route) -> Result<(), Error> {
+        let key = (route.workspace.clone(), route.start.clone());
+        let link = match self.pool.take(&key) {
+            Some(link) => link,
+            None => self.dial(route).await?,
+        };
+        self.pool.put(key, link);
+        Ok(())
+    }
+
+    async fn tell_one(&self, push: &Push) -> Result<(), Error> {
         let body = serde_json::json!({ "signed": push.signed }).to_string();
         let mut request = Request::post(Uri::from_static(TOKEN_STATE_PATH))
             .body(full(body))

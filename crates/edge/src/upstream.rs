@@ -139,6 +139,16 @@ impl<K: Hash + Eq + Clone> Pool<K> {
         None
     }
 
+    /// Keeps a connection that carried nothing yet, for the next request.
+    pub fn put(&self, key: K, link: Link) {
+        let mut idle = lock(&self.idle);
+        let list = idle.entry(key).or_default();
+        if list.len() < self.idle_max {
+            let since = Instant::now();
+            list.push(Idle { link, since });
+        }
+    }
+
     /// Sends a request over `link`.
     ///
     /// # Errors

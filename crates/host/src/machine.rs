@@ -216,7 +216,11 @@ mod tests {
             refused: false,
         };
         let (end, taken) = settle(Power::Running, fresh);
-        assert_eq!(end.vm, Vm::Attested, "no key is asked for before it is made");
+        assert_eq!(
+            end.vm,
+            Vm::Attested,
+            "no key is asked for before it is made"
+        );
         assert_eq!(taken, [Step::Claim, Step::DiskOpen, Step::NetSet]);
         let provisioned = Facts {
             provisioned: true,

@@ -317,8 +317,8 @@ impl Inner {
         let root = ring
             .root(epoch)
             .ok_or(KmsError::Unseal("the epoch in force is not held"))?;
-        let row = match store::account(&mut tx, account).await? {
-            Some(row) => row,
+        let (row, is_new) = match store::account(&mut tx, account).await? {
+            Some(row) => (row, false),
             None => {
                 let (key, seed) = (Key::random(), Key::random());
                 let row = store::Account {
@@ -329,7 +329,7 @@ impl Inner {
                     log_pub: account_log_key(&seed).public().to_hex(),
                 };
                 store::account_put(&mut tx, &row).await?;
-                row
+                (row, true)
             }
         };
         let (account_key, _) = account_unwrap(&row, &root)?;
@@ -357,8 +357,7 @@ impl Inner {
             .map_err(KmsError::store("store workspace key"))?;
         self.faults.at(Step::KeyAnswer)?;
         // The log seals entries to the account from now on; if it can't hear it now, later.
-        let published = self.accounts_publish(&call.request_id).await;
-        if let Err(e) = published {
+        if is_new && let Err(e) = self.accounts_publish(&call.request_id).await {
             tracing::warn!(error = %e, "account's log key not published yet");
         }
         let (key, w) = match self.workspace_key(&ring, &workspace, None).await? {
