@@ -78,3 +78,25 @@ fn is_by(disk_key: &Key, statement: &AnchorStatement) -> bool {
             .all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
     root_is_hex && seal::hash::ct_eq(hex::encode(mac).as_bytes(), statement.mac.as_bytes())
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn a_statement_is_frozen() {
+        // Recomputed with Python's hmac; the disk process has the same case.
+        let statement = AnchorStatement {
+            workspace: "ws_0000000000000001".parse().unwrap(),
+            anchor: Anchor {
+                run: 3,
+                batch: 4,
+                root: "05".repeat(32),
+            },
+            mac: "c67325aec22ce56e9bdedc6410dba03e7d6953722b56d05aad4cd71501859cac".into(),
+        };
+        assert!(is_by(&Key::take(&mut [7; 32]), &statement));
+        assert!(!is_by(&Key::take(&mut [8; 32]), &statement));
+    }
+}

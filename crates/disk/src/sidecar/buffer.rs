@@ -9,7 +9,7 @@ use crate::limits::SECTOR_BYTES;
 
 /// Sectors with their tags, in the order of their first write.
 #[derive(Debug, Default)]
-pub struct Buffer {
+pub(super) struct Buffer {
     slots: HashMap<u64, usize>,
     entries: Vec<(u64, Tag)>,
     data: Vec<u8>,
@@ -17,17 +17,17 @@ pub struct Buffer {
 
 impl Buffer {
     /// How many sectors there are.
-    pub fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.entries.len()
     }
 
     /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 
     /// Keeps a sector, in place of what was kept of it.
-    pub fn put(&mut self, sector: u64, tag: Tag, data: &[u8]) {
+    pub(super) fn put(&mut self, sector: u64, tag: Tag, data: &[u8]) {
         assert_eq!(data.len(), SECTOR_BYTES);
         let next = self.entries.len();
         let slot = *self.slots.entry(sector).or_insert(next);
@@ -41,18 +41,18 @@ impl Buffer {
     }
 
     /// A sector's ciphertext, if it is here.
-    pub fn get(&self, sector: u64) -> Option<&[u8]> {
+    pub(super) fn get(&self, sector: u64) -> Option<&[u8]> {
         let slot = *self.slots.get(&sector)?;
         Some(&self.data[slot * SECTOR_BYTES..][..SECTOR_BYTES])
     }
 
     /// Sectors and tags.
-    pub fn entries(&self) -> &[(u64, Tag)] {
+    pub(super) fn entries(&self) -> &[(u64, Tag)] {
         &self.entries
     }
 
     /// Their ciphertext, in the order of the entries.
-    pub fn data(&self) -> &[u8] {
+    pub(super) fn data(&self) -> &[u8] {
         &self.data
     }
 
@@ -60,7 +60,7 @@ impl Buffer {
     ///
     /// # Errors
     /// The file's; a part is written then, and may be written again.
-    pub fn write_to<B: Backing>(&self, file: &B) -> io::Result<()> {
+    pub(super) fn write_to<B: Backing>(&self, file: &B) -> io::Result<()> {
         let mut order: Vec<usize> = (0..self.entries.len()).collect();
         order.sort_unstable_by_key(|slot| self.entries[*slot].0);
         let mut rest = &order[..];
@@ -81,7 +81,7 @@ impl Buffer {
     }
 
     /// Empties it, keeping at most `keep_bytes` of memory.
-    pub fn clear(&mut self, keep_bytes: usize) {
+    pub(super) fn clear(&mut self, keep_bytes: usize) {
         self.slots.clear();
         self.entries.clear();
         self.data.clear();

@@ -8,7 +8,7 @@ use super::layout::NodeId;
 
 /// Tags of sectors, and ranges that became holes before them.
 #[derive(Debug, Default)]
-pub struct Changes {
+pub(super) struct Changes {
     tags: BTreeMap<u64, Tag>,
     /// Start to end; they don't touch each other.
     holes: BTreeMap<u64, u64>,
@@ -16,12 +16,12 @@ pub struct Changes {
 
 impl Changes {
     /// A sector gets a tag.
-    pub fn set(&mut self, sector: u64, tag: Tag) {
+    pub(super) fn set(&mut self, sector: u64, tag: Tag) {
         self.tags.insert(sector, tag);
     }
 
     /// Sectors become holes.
-    pub fn punch(&mut self, range: Range<u64>) {
+    pub(super) fn punch(&mut self, range: Range<u64>) {
         if range.is_empty() {
             return;
         }
@@ -40,7 +40,7 @@ impl Changes {
     }
 
     /// Lays the changes over the tags of the sectors from `first` on.
-    pub fn overlay(&self, first: u64, tags: &mut [Tag]) {
+    pub(super) fn overlay(&self, first: u64, tags: &mut [Tag]) {
         let end = first + tags.len() as u64;
         let at = |sector: u64| usize::try_from(sector - first).expect("within the slice");
         for (&from, &to) in self.holes.range(..end).rev() {
@@ -55,22 +55,22 @@ impl Changes {
     }
 
     /// How many there are to remember.
-    pub fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.tags.len() + self.holes.len()
     }
 
     /// Whether a sector of the range has a tag here.
-    pub fn touch(&self, range: Range<u64>) -> bool {
+    pub(super) fn touch(&self, range: Range<u64>) -> bool {
         self.tags.range(range).any(|(_, tag)| *tag != [0; 16])
     }
 
     /// The holes.
-    pub fn holes(&self) -> impl Iterator<Item = Range<u64>> + '_ {
+    pub(super) fn holes(&self) -> impl Iterator<Item = Range<u64>> + '_ {
         self.holes.iter().map(|(&from, &to)| from..to)
     }
 
     /// Leaves that hold a changed tag but are not holes as a whole, in order.
-    pub fn leaves(&self) -> Vec<NodeId> {
+    pub(super) fn leaves(&self) -> Vec<NodeId> {
         let span = NodeId::of(0).sectors();
         let mut leaves: Vec<u64> = self.tags.keys().map(|sector| sector / span).collect();
         for hole in self.holes() {
@@ -91,7 +91,7 @@ impl Changes {
     }
 
     /// Whether a node's sectors are all in one hole.
-    pub fn is_hole(&self, node: NodeId) -> bool {
+    pub(super) fn is_hole(&self, node: NodeId) -> bool {
         let (start, end) = (
             node.index * node.sectors(),
             (node.index + 1) * node.sectors(),

@@ -19,6 +19,7 @@
 //! | [`changes`] | tags since then |
 //! | [`buffer`] | ciphertext that waits for its batch |
 //! | [`recover`] | opening: the anchor, the journal, what a crash left open |
+//! | [`statement`] | what the KMS is told of the state |
 //!
 //! Lock order: commit, then view or buffers. Must never: write ciphertext whose tag is not
 //! durable, answer a sector that its tag does not fit, accept a state older than the anchor, write
@@ -28,6 +29,7 @@ mod buffer;
 mod changes;
 pub mod layout;
 mod recover;
+mod statement;
 #[cfg(test)]
 mod tests;
 mod tree;
@@ -46,6 +48,7 @@ use self::layout::{
     BATCH_MAX_BYTES, Batch, Body, Generation, JOURNAL_AT, SUPERBLOCK_BYTES, Superblock,
 };
 pub use self::recover::Anchor;
+pub use self::statement::Witness;
 use self::tree::{Cache, Top, Tree, TreeError};
 use crate::DiskError;
 use crate::backing::Backing;

@@ -193,20 +193,17 @@ fn tampered(what: &'static str) -> DiskError {
 
 /// The newest sound superblock.
 fn superblock<B: Backing>(file: &B, keys: &Keys) -> Result<Superblock, DiskError> {
-    let mut newest: Option<Superblock> = None;
+    let mut newest = None;
     for slot in 0..2 {
         let mut bytes = [0; SUPERBLOCK_BYTES];
         file.read_at(slot * SUPERBLOCK_BYTES as u64, &mut bytes)
             .map_err(DiskError::io("reading the sidecar"))?;
-        match Superblock::decode(&bytes, keys) {
-            // Each in its own slot: a copy in the other's place is none.
-            Some(found) if found.seq & 1 == slot => {
-                if newest.as_ref().is_none_or(|known| known.seq < found.seq) {
-                    newest = Some(found);
-                }
-            }
-            _ => {}
-        }
+        // Each in its own slot: a copy in the other's place is none.
+        let found = Superblock::decode(&bytes, keys).filter(|found| found.seq & 1 == slot);
+        newest = newest
+            .into_iter()
+            .chain(found)
+            .max_by_key(|known| known.seq);
     }
     newest.ok_or(tampered(
         "its sidecar is missing, overwritten or another disk's",

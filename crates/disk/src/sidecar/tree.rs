@@ -17,16 +17,16 @@ use crate::backing::Backing;
 use crate::limits::{LEAVES_CACHED_MAX, NODE_BYTES, NODE_FANOUT, TOP_NODES};
 
 /// The tags in a node.
-pub type Node = [Tag; NODE_FANOUT];
+pub(super) type Node = [Tag; NODE_FANOUT];
 /// The tags of the highest nodes.
-pub type Top = [Tag; TOP_NODES];
+pub(super) type Top = [Tag; TOP_NODES];
 
 const NONE: Tag = [0; 16];
 const EMPTY: Node = [NONE; NODE_FANOUT];
 
 /// A node that is not what its tag says, or a read that failed.
 #[derive(Debug)]
-pub enum TreeError {
+pub(super) enum TreeError {
     /// The kernel's.
     Io(io::Error),
     /// The file holds something else at the node's place.
@@ -41,7 +41,7 @@ impl From<io::Error> for TreeError {
 
 /// Nodes that were loaded and checked.
 #[derive(Debug, Default)]
-pub struct Cache(Mutex<Cached>);
+pub(super) struct Cache(Mutex<Cached>);
 
 #[derive(Debug, Default)]
 struct Cached {
@@ -87,11 +87,11 @@ fn leaf_place(id: NodeId) -> usize {
 }
 
 /// One thread's view of the durable tree under `top`.
-pub struct Tree<'a, B> {
-    pub file: &'a B,
-    pub tagger: &'a Tagger,
-    pub cache: &'a Cache,
-    pub top: &'a Top,
+pub(super) struct Tree<'a, B> {
+    pub(super) file: &'a B,
+    pub(super) tagger: &'a Tagger,
+    pub(super) cache: &'a Cache,
+    pub(super) top: &'a Top,
 }
 
 impl<B: Backing> Tree<'_, B> {
@@ -99,7 +99,7 @@ impl<B: Backing> Tree<'_, B> {
     ///
     /// # Errors
     /// A node that can't be read or is not what it was.
-    pub fn tags(&self, first: u64, out: &mut [Tag]) -> Result<(), TreeError> {
+    pub(super) fn tags(&self, first: u64, out: &mut [Tag]) -> Result<(), TreeError> {
         let mut at = first;
         let mut out = out;
         while !out.is_empty() {
@@ -117,7 +117,7 @@ impl<B: Backing> Tree<'_, B> {
     ///
     /// # Errors
     /// As [`Tree::tags`].
-    pub fn is_empty(&self, first: u64, count: u64) -> Result<bool, TreeError> {
+    pub(super) fn is_empty(&self, first: u64, count: u64) -> Result<bool, TreeError> {
         let mut leaf = NodeId::of(first);
         while count > 0 && leaf.index * leaf.sectors() < first + count {
             let above = leaf.parent().expect("a leaf has one");
@@ -149,7 +149,7 @@ impl<B: Backing> Tree<'_, B> {
     ///
     /// # Errors
     /// The file's; a node that is not what it was.
-    pub fn apply(&self, changes: &Changes) -> Result<Top, TreeError> {
+    pub(super) fn apply(&self, changes: &Changes) -> Result<Top, TreeError> {
         let mut draft = Draft {
             tree: self,
             top: *self.top,

@@ -30,7 +30,7 @@ async fn say(w: &World, statement: AnchorStatement) -> api::Result<Anchor> {
 }
 
 #[tokio::test]
-async fn i25_an_anchor_goes_forward_only_and_comes_with_the_next_grant() {
+async fn i26_an_anchor_goes_forward_only_and_comes_with_the_next_grant() {
     let w = World::new().await;
     let (me, ws) = (account(1), workspace(1));
     w.create(&me, &ws).await.unwrap();
@@ -57,7 +57,7 @@ async fn i25_an_anchor_goes_forward_only_and_comes_with_the_next_grant() {
 }
 
 #[tokio::test]
-async fn i25_an_anchor_is_the_disks_own_and_has_one_past() {
+async fn i26_an_anchor_is_the_disks_own_and_has_one_past() {
     let w = World::new().await;
     let (me, ws) = (account(1), workspace(1));
     w.create(&me, &ws).await.unwrap();

@@ -350,7 +350,7 @@ fn replace(store: &Store, with: &Store) {
 }
 
 #[test]
-fn i25_ten_thousand_changes_and_rollbacks_are_refused() {
+fn i26_ten_thousand_changes_and_rollbacks_are_refused() {
     let seed = 0x5eed_0003;
     println!("seed={seed:#x}");
     let mut dice = Dice(seed);
@@ -400,7 +400,7 @@ fn i25_ten_thousand_changes_and_rollbacks_are_refused() {
 
 /// What a crash leaves to an attacker: states since the anchor, and nothing else.
 #[test]
-fn i25_a_state_is_accepted_from_its_anchor_on_and_not_before() {
+fn i26_a_state_is_accepted_from_its_anchor_on_and_not_before() {
     let mut dice = Dice(0xa11c);
     let life = Life::new(&mut dice, false);
     for (n, copy) in life.copies.iter().enumerate() {
@@ -421,7 +421,7 @@ fn i25_a_state_is_accepted_from_its_anchor_on_and_not_before() {
 /// A branch that was given up can't come back: another start has a higher number from its first
 /// batch on, however many batches the branch had.
 #[test]
-fn i25_a_given_up_branch_does_not_come_back() {
+fn i26_a_given_up_branch_does_not_come_back() {
     let mut dice = Dice(0xb0b);
     let life = Life::new(&mut dice, false);
     let early = life.copies[5].machine.copy();

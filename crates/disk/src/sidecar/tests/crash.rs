@@ -149,9 +149,9 @@ impl Disk {
     }
 }
 
-/// I-10 and I-25: what was flushed is there; what is accepted was written; no false alarm.
+/// I-10 and I-26: what was flushed is there; what is accepted was written; no false alarm.
 #[test]
-fn i25_a_power_cut_at_any_moment_loses_nothing_flushed_and_alarms_nobody() {
+fn i26_a_power_cut_at_any_moment_loses_nothing_flushed_and_alarms_nobody() {
     let cuts_wanted = 6_000;
     let (mut cuts, mut disks) = (0, 0);
     while cuts < cuts_wanted {

@@ -228,7 +228,7 @@ impl Machine {
 
     fn cut(&self, dice: &mut Dice) -> Self {
         // All, none, or any part of what was pending.
-        let mut kept = |mode: u64, dice: &mut Dice| match mode {
+        let kept = |mode: u64, dice: &mut Dice| match mode {
             0 => true,
             1 => false,
             _ => dice.one_in(2),
