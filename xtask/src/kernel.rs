@@ -38,7 +38,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let dir = args.out.join("kernel");
     std::fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
     install(&kernel.vmlinux, &dir.join("vmlinux-small"))?;
-    cache.done(&format!("{} ({})", dir.join("vmlinux-small").display(), kernel.release));
+    cache.done(&format!(
+        "{} ({})",
+        dir.join("vmlinux-small").display(),
+        kernel.release
+    ));
     Ok(())
 }
 
@@ -52,12 +56,21 @@ pub(crate) fn build(cache: &Cache) -> Result<Kernel> {
     let fresh = !cache.is("kernel-small", &key) || !vmlinux.exists();
     let tree = dir.join(PACKAGE);
     if fresh {
-        cache.say("kernel", &format!("compiling {package}: some minutes"), false);
+        cache.say(
+            "kernel",
+            &format!("compiling {package}: some minutes"),
+            false,
+        );
         unpack(cache, &dir, &tree, &package)?;
         configure(&dir, &tree)?;
         compile(&tree)?;
         let from = tree.join("vmlinux");
-        let args = ["-s".as_ref(), "-o".as_ref(), vmlinux.as_os_str(), from.as_os_str()];
+        let args = [
+            "-s".as_ref(),
+            "-o".as_ref(),
+            vmlinux.as_os_str(),
+            from.as_os_str(),
+        ];
         program("strip", "binutils", args, None)?;
         cache.made("kernel-small", &key)?;
     }
@@ -83,7 +96,9 @@ fn installed() -> Result<String> {
     let text = program("dpkg-query", "dpkg", args, None).unwrap_or_default();
     let version = text.strip_prefix("installed ").map(str::to_owned);
     version.with_context(|| {
-        format!("{PACKAGE} is not installed: sudo apt-get install {PACKAGE} flex bison bc libelf-dev")
+        format!(
+            "{PACKAGE} is not installed: sudo apt-get install {PACKAGE} flex bison bc libelf-dev"
+        )
     })
 }
 
@@ -122,7 +137,9 @@ fn configure(dir: &Path, tree: &Path) -> Result<()> {
 fn changed<'a>(wanted: &'a str, config: &str) -> Vec<&'a str> {
     let lines: std::collections::HashSet<&str> = config.lines().collect();
     let holds = |line: &str| match line.strip_suffix("=n") {
-        Some(name) => !lines.iter().any(|l| l.strip_prefix(name).is_some_and(|r| r.starts_with('='))),
+        Some(name) => !lines
+            .iter()
+            .any(|l| l.strip_prefix(name).is_some_and(|r| r.starts_with('='))),
         None => lines.contains(line),
     };
     let options = wanted.lines().filter(|l| l.starts_with("CONFIG_"));
@@ -155,7 +172,13 @@ mod tests {
     #[test]
     fn a_dropped_line_is_noticed() {
         let config = "CONFIG_A=y\n# CONFIG_B is not set\nCONFIG_C=64\nCONFIG_DD=y\n";
-        assert!(changed("# text\nCONFIG_A=y\nCONFIG_B=n\nCONFIG_C=64\nCONFIG_D=n\n", config).is_empty());
+        assert!(
+            changed(
+                "# text\nCONFIG_A=y\nCONFIG_B=n\nCONFIG_C=64\nCONFIG_D=n\n",
+                config
+            )
+            .is_empty()
+        );
         let wanted = "CONFIG_A=n\nCONFIG_B=y\nCONFIG_C=32\nCONFIG_DD=n\n";
         assert_eq!(changed(wanted, config).len(), 4);
     }

@@ -109,15 +109,18 @@ pub fn run(paths: &Paths, command: Command, as_json: bool) -> anyhow::Result<u8>
             }
         }
         Command::Ls => list(&store, as_json),
-        Command::Rm { name, force } => {
-            in_use(paths).and_then(|used| store::remove(&store, &name, &used, force)).map(|image| {
+        Command::Rm { name, force } => in_use(paths)
+            .and_then(|used| store::remove(&store, &name, &used, force))
+            .map(|image| {
                 if as_json {
-                    println!("{}", serde_json::json!({"removed": image.name, "id": image.id}));
+                    println!(
+                        "{}",
+                        serde_json::json!({"removed": image.name, "id": image.id})
+                    );
                 } else {
                     println!("removed {}", image.name);
                 }
-            })
-        }
+            }),
     };
     match result {
         Ok(()) => Ok(0),
@@ -132,7 +135,10 @@ pub fn run(paths: &Paths, command: Command, as_json: bool) -> anyhow::Result<u8>
                     Error::Refused(refusal) => serde_json::to_value(refusal)?,
                     _ => serde_json::Value::Null,
                 };
-                println!("{}", serde_json::json!({"error": e.to_string(), "refusal": refusal}));
+                println!(
+                    "{}",
+                    serde_json::json!({"error": e.to_string(), "refusal": refusal})
+                );
             } else {
                 eprintln!("casemate: {e}");
             }
@@ -156,7 +162,12 @@ fn say_imported(done: &import::Imported, as_json: bool) {
         println!("{}", shown(image, done.bytes));
         return;
     }
-    println!("imported {} ({} MiB, {} entries)", image.name, done.bytes >> 20, done.entries);
+    println!(
+        "imported {} ({} MiB, {} entries)",
+        image.name,
+        done.bytes >> 20,
+        done.entries
+    );
     println!("  id      {}", image.id);
     if let Some(source) = &image.source {
         println!("  digest  {}", source.digest);
@@ -179,12 +190,18 @@ fn list(store: &Store, as_json: bool) -> Result<(), Error> {
         "NAME", "ID", "SIZE", "IMPORTED"
     );
     for image in &images {
-        let (at, source) = image.source.as_ref().map_or(("-", "made here".to_owned()), |s| {
-            (s.imported_at.as_str(), s.digest.to_string())
-        });
+        let (at, source) = image
+            .source
+            .as_ref()
+            .map_or(("-", "made here".to_owned()), |s| {
+                (s.imported_at.as_str(), s.digest.to_string())
+            });
         let id = image.id.get(..12).unwrap_or(&image.id);
         let mib = bytes(image) >> 20;
-        println!("{:<24} {id:<12} {mib:>4} MiB  {at:<20}  {source}", image.name);
+        println!(
+            "{:<24} {id:<12} {mib:>4} MiB  {at:<20}  {source}",
+            image.name
+        );
     }
     Ok(())
 }
@@ -225,7 +242,9 @@ fn in_use(paths: &Paths) -> Result<Vec<(String, String)>, Error> {
     };
     let mut used = Vec::new();
     for entry in entries {
-        let path = entry.map_err(|e| failed(e, format!("read {}", dir.display())))?.path();
+        let path = entry
+            .map_err(|e| failed(e, format!("read {}", dir.display())))?
+            .path();
         if path.extension().is_none_or(|e| e != "json") {
             continue;
         }

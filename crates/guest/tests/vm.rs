@@ -2,7 +2,8 @@
 //!
 //! Ignored by default, since it needs a kernel, modules, a base image and a built agent:
 //! `GUEST_VM=dir cargo test -p casemate-guest --test vm -- --ignored --nocapture`, where `dir`
-//! holds `vmlinux`, `modules/` with `order`, `base.erofs` and `casemate-guest`.
+//! holds `vmlinux`, `modules/` with `order`, `base.erofs` and `casemate-guest`. `CASEMATE_KERNEL`
+//! names another kernel, one that has everything built in: `cargo xtask kernel` makes it.
 #![allow(clippy::unwrap_used)]
 
 use std::fs;
@@ -76,7 +77,7 @@ impl Vm {
                 &format!("file:{}", dir.join("serial.log").display()),
             ])
             .arg("-kernel")
-            .arg(given.join("vmlinux"))
+            .arg(other_kernel().unwrap_or_else(|| given.join("vmlinux")))
             .arg("-initrd")
             .arg(dir.join("initramfs.cpio"))
             .args(["-drive", &drive("base", &given.join("base.erofs"), "on")])
@@ -125,6 +126,11 @@ impl Vm {
     }
 }
 
+/// A kernel that needs no modules, in place of the one that is given.
+fn other_kernel() -> Option<PathBuf> {
+    std::env::var_os("CASEMATE_KERNEL").map(PathBuf::from)
+}
+
 /// Under emulation the guest's TSC is the host's. Calibrating it by the PIT fails on a busy
 /// machine, and the kernel then waits for ever.
 fn host_khz() -> u64 {
@@ -158,7 +164,8 @@ fn initramfs(given: &Path, dir: &Path) {
     let _ = fs::remove_dir_all(&tree);
     let modules = tree.join("lib/modules/casemate");
     fs::create_dir_all(&modules).unwrap();
-    for entry in fs::read_dir(given.join("modules")).unwrap().flatten() {
+    let given_modules = fs::read_dir(given.join("modules")).unwrap().flatten();
+    for entry in given_modules.filter(|_| other_kernel().is_none()) {
         fs::copy(entry.path(), modules.join(entry.file_name())).unwrap();
     }
     fs::copy(given.join("casemate-guest"), tree.join("init")).unwrap();

@@ -63,5 +63,7 @@ pub(crate) fn collect(archive: File, scratch: &Path, limits: &Limits) -> Result<
 
 fn blob(path: &[u8]) -> Option<Digest> {
     let hex = path.strip_prefix(b"blobs/sha256/")?;
-    format!("sha256:{}", std::str::from_utf8(hex).ok()?).parse().ok()
+    format!("sha256:{}", std::str::from_utf8(hex).ok()?)
+        .parse()
+        .ok()
 }

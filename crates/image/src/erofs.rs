@@ -186,7 +186,11 @@ fn header(tree: &Tree, inode: &Inode, number: u32) -> io::Result<[u8; 64]> {
         Body::Fifo => S_IFIFO,
     };
     // Links have no permissions of their own: 0777, as Linux shows them.
-    let mode = if kind == S_IFLNK { 0o777 } else { node.meta.mode };
+    let mode = if kind == S_IFLNK {
+        0o777
+    } else {
+        node.meta.mode
+    };
     let layout = if inode.inline { INLINE } else { PLAIN };
     let xattr_count = match inode.xattrs.len() {
         0 => 0,
@@ -234,7 +238,9 @@ fn contents(
             let mut buf = vec![0; 256 << 10];
             let (mut from, end) = (at + range.start, at + range.end);
             while from < end {
-                let len = usize::try_from(end - from).unwrap_or(usize::MAX).min(buf.len());
+                let len = usize::try_from(end - from)
+                    .unwrap_or(usize::MAX)
+                    .min(buf.len());
                 spool.read_exact_at(&mut buf[..len], from)?;
                 out.write_all(&buf[..len])?;
                 from += len as u64;

@@ -15,10 +15,10 @@ use crate::oci::Digest;
 use crate::policy::{LOCAL, Policy, Require};
 use crate::reference::Source as From;
 use crate::registry::{Fetch, FromFetcher, Published};
+use crate::signature;
 use crate::store::{Image, Source, Store};
 use crate::unpack::{Done, Job};
 use crate::wire::{self, FromWorker, ToWorker};
-use crate::signature;
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use std::fs::File;
@@ -90,7 +90,11 @@ impl Import<'_> {
         let digest = self.admitted()?;
         let _lock = self.store.lock()?;
         sweep(self.store)?;
-        let scratch = Scratch(self.store.images().join(format!("{SCRATCH}{}", std::process::id())));
+        let scratch = Scratch(
+            self.store
+                .images()
+                .join(format!("{SCRATCH}{}", std::process::id())),
+        );
         make_dir(&scratch.0, 0o711)?;
         let (layout, tag, signed_by) = self.layout(&scratch.0, digest)?;
         let job = Job {
@@ -109,7 +113,9 @@ impl Import<'_> {
             source: Some(Source {
                 reference: self.source_text.clone(),
                 digest: digest.unwrap_or(done.manifest),
-                imported_at: jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
+                imported_at: jiff::Timestamp::now()
+                    .strftime("%Y-%m-%dT%H:%M:%SZ")
+                    .to_string(),
                 signed_by,
                 config: done.config,
             }),

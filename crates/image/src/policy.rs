@@ -265,7 +265,9 @@ fn rule(file: RuleFile) -> Result<Rule, Error> {
         .map_err(|e| wrong(&format!("keys: {e}")))?;
     let signed = file.require == Require::Signature;
     if signed == keys.is_empty() {
-        return Err(wrong("`keys` belong to require = \"signature\", at least one"));
+        return Err(wrong(
+            "`keys` belong to require = \"signature\", at least one",
+        ));
     }
     if file.identity.is_some() && !signed {
         return Err(wrong("`identity` belongs to require = \"signature\""));
@@ -283,3 +285,48 @@ fn rule(file: RuleFile) -> Result<Rule, Error> {
 
 /// The name that layouts and archives have in a policy.
 pub const LOCAL: &str = "local";
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn the_longest_prefix_wins_and_ends_where_a_name_ends() {
+        let policy = Policy::parse(
+            "default = \"refuse\"\n[[rule]]\nprefix = \"r.example/team\"\nrequire = \"digest-pin\"\n\
+             [[rule]]\nprefix = \"r.example/team/bad/\"\nrequire = \"refuse\"",
+        )
+        .unwrap();
+        for (name, require) in [
+            ("r.example/team/app", Require::DigestPin),
+            ("r.example/team", Require::DigestPin),
+            ("r.example/team/bad/app", Require::Refuse),
+            ("r.example/teamster", Require::Refuse),
+            ("r.example.org/team", Require::Refuse),
+        ] {
+            assert_eq!(policy.rule(name).require, require, "{name}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_meant_is_refused() {
+        for bad in [
+            "defualt = \"refuse\"",
+            "default = \"signature\"",
+            "allow_setuid = [\"usr/bin/su\"]",
+            "[limits]\nentries = 1",
+            "[[rule]]\nprefix = \"\"\nrequire = \"refuse\"",
+            "[[rule]]\nprefix = \"a\"\nrequire = \"signature\"",
+            "[[rule]]\nprefix = \"a\"\nrequire = \"signature\"\nkeys = [\"x\"]",
+            "[[rule]]\nprefix = \"a\"\nrequire = \"digest-pin\"\nidentity = \"b\"",
+            "[[rule]]\nprefix = \"a\"\nrequire = \"refuse\"\n[[rule]]\nprefix = \"a/\"\nrequire = \"refuse\"",
+        ] {
+            assert!(matches!(Policy::parse(bad), Err(Error::Policy(_))), "{bad}");
+        }
+        assert_eq!(
+            Policy::parse("").unwrap().default.require,
+            Require::DigestPin
+        );
+    }
+}

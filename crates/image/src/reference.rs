@@ -53,7 +53,9 @@ impl FromStr for Source {
     fn from_str(text: &str) -> Result<Self, Error> {
         let wrong = |why: &str| Error::Usage(format!("source {text:?}: {why}"));
         if let Some(rest) = text.strip_prefix("docker://") {
-            return reference(rest).map(Self::Registry).map_err(|why| wrong(&why));
+            return reference(rest)
+                .map(Self::Registry)
+                .map_err(|why| wrong(&why));
         }
         let local = |rest: &str| {
             let (path, tag) = match rest.rsplit_once(':') {
@@ -95,7 +97,10 @@ fn reference(text: &str) -> Result<Reference, String> {
     };
     let (name, port) = host.split_once(':').unwrap_or((host, "443"));
     let label = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-');
-    if name.is_empty() || host.len() > 255 || !name.bytes().all(label) || port.parse::<u16>().is_err()
+    if name.is_empty()
+        || host.len() > 255
+        || !name.bytes().all(label)
+        || port.parse::<u16>().is_err()
     {
         return Err("the host is no name or address with an optional port".into());
     }
@@ -136,18 +141,36 @@ mod tests {
         let Source::Registry(r) = text.parse().unwrap() else {
             panic!("{text}")
         };
-        assert_eq!((r.name().as_str(), r.tag.as_deref()), ("h.example:5000/a/b", Some("1.0")));
+        assert_eq!(
+            (r.name().as_str(), r.tag.as_deref()),
+            ("h.example:5000/a/b", Some("1.0"))
+        );
         assert_eq!(r.digest.unwrap().to_string(), digest);
         let layout = |dir: &str, tag: Option<&str>| Source::Layout {
             dir: dir.into(),
             tag: tag.map(str::to_owned),
         };
-        assert_eq!("oci:/a:b".parse::<Source>().unwrap(), layout("/a", Some("b")));
-        assert_eq!("oci:/a:b/c".parse::<Source>().unwrap(), layout("/a:b/c", None));
+        assert_eq!(
+            "oci:/a:b".parse::<Source>().unwrap(),
+            layout("/a", Some("b"))
+        );
+        assert_eq!(
+            "oci:/a:b/c".parse::<Source>().unwrap(),
+            layout("/a:b/c", None)
+        );
         for bad in [
-            "python", "oci:", "docker://python", "docker://h/", "docker://h/A", "docker://h/../a",
-            "docker://h/a?b", "docker://h/a@sha256:00", "docker://u@h/a", "docker://h:x/a",
-            "docker://h/a:", "docker://h/a//b",
+            "python",
+            "oci:",
+            "docker://python",
+            "docker://h/",
+            "docker://h/A",
+            "docker://h/../a",
+            "docker://h/a?b",
+            "docker://h/a@sha256:00",
+            "docker://u@h/a",
+            "docker://h:x/a",
+            "docker://h/a:",
+            "docker://h/a//b",
         ] {
             assert!(bad.parse::<Source>().is_err(), "{bad}");
         }

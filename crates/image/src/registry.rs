@@ -7,9 +7,7 @@
 //! HTTP.
 
 use crate::error::{Code, Error, Refusal, os};
-use crate::limits::{
-    JSON_MAX_BYTES, Limits, PAYLOAD_MAX_BYTES, REDIRECTS_MAX, SIGNATURES_MAX,
-};
+use crate::limits::{JSON_MAX_BYTES, Limits, PAYLOAD_MAX_BYTES, REDIRECTS_MAX, SIGNATURES_MAX};
 use crate::oci::{self, Digest, Document, Media};
 use crate::reference::Reference;
 use base64::Engine as _;
@@ -118,6 +116,8 @@ pub async fn fetch(work: &Fetch, say: &dyn Fn(&FromFetcher) -> Result<()>) -> Re
     let Some(wanted) = work.digest else {
         return Ok(digest);
     };
+    let dir = work.scratch.join("blobs/sha256");
+    std::fs::create_dir_all(&dir).map_err(os("make the fetched layout"))?;
     if digest != wanted {
         let what = "the registry's manifest has another digest";
         return Err(Refusal::new(Code::DigestMismatch, what).of(&wanted).into());
@@ -143,10 +143,16 @@ pub async fn fetch(work: &Fetch, say: &dyn Fn(&FromFetcher) -> Result<()>) -> Re
         return Err(Refusal::new(Code::JsonMalformed, what).of(&digest).into());
     };
     let (config, layers) = manifest.parts().map_err(|r| r.of(&digest))?;
-    registry.blob(&config.digest()?, config.size, JSON_MAX_BYTES).await?;
+    registry
+        .blob(&config.digest()?, config.size, JSON_MAX_BYTES)
+        .await?;
     let mut have = BTreeSet::new();
     for (n, (layer, _)) in (1..).zip(&layers) {
-        let what = format!("fetching layer {n} of {}, {} MiB", layers.len(), layer.size >> 20);
+        let what = format!(
+            "fetching layer {n} of {}, {} MiB",
+            layers.len(),
+            layer.size >> 20
+        );
         say(&FromFetcher::Progress(what))?;
         let digest = layer.digest()?;
         if have.insert(digest) {
@@ -200,8 +206,6 @@ impl<'a> Registry<'a> {
             let certs = reqwest::Certificate::from_pem_bundle(&pem).map_err(registry)?;
             builder = builder.tls_certs_only(certs);
         }
-        let dir = work.scratch.join("blobs/sha256");
-        std::fs::create_dir_all(&dir).map_err(os("make the fetched layout"))?;
         Ok(Self {
             work,
             client: builder.build().map_err(registry)?,
@@ -216,7 +220,9 @@ impl<'a> Registry<'a> {
     }
 
     async fn manifest(&mut self, reference: &str) -> Result<Vec<u8>> {
-        let response = self.get(&format!("manifests/{reference}"), MANIFESTS).await?;
+        let response = self
+            .get(&format!("manifests/{reference}"), MANIFESTS)
+            .await?;
         let response = found(response, "manifest", reference)?;
         body(response, JSON_MAX_BYTES).await
     }
@@ -362,7 +368,9 @@ fn found(response: Response, what: &str, name: &str) -> Result<Response> {
         StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Err(Error::Registry(format!(
             "it does not let {what} {name} be pulled anonymously: mirror the image"
         ))),
-        status => Err(Error::Registry(format!("{what} {name}: it answers {status}"))),
+        status => Err(Error::Registry(format!(
+            "{what} {name}: it answers {status}"
+        ))),
     }
 }
 

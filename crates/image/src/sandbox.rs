@@ -20,7 +20,14 @@ use std::path::Path;
 const LANDLOCK: ABI = ABI::V6;
 
 /// What getaddrinfo(3) and the system's certificates need.
-const READABLE: &[&str] = &["/etc", "/usr", "/lib", "/lib64", "/run/systemd/resolve", "/proc/self"];
+const READABLE: &[&str] = &[
+    "/etc",
+    "/usr",
+    "/lib",
+    "/lib64",
+    "/run/systemd/resolve",
+    "/proc/self",
+];
 
 /// (call, reason) of the unpacker.
 const ALLOWED: &[(i64, &str)] = &[
@@ -35,7 +42,10 @@ const ALLOWED: &[(i64, &str)] = &[
     (libc::SYS_close, "blobs"),
     (libc::SYS_fstat, "how much a read takes at once"),
     (libc::SYS_statx, "the same"),
-    (libc::SYS_fcntl, "the standard library's check before a close, in debug builds"),
+    (
+        libc::SYS_fcntl,
+        "the standard library's check before a close, in debug builds",
+    ),
     (libc::SYS_brk, "memory"),
     (libc::SYS_mmap, "memory"),
     (libc::SYS_mprotect, "memory"),
@@ -86,7 +96,11 @@ pub(crate) fn enter_unpacker(limits: &Limits) -> Result<(), Error> {
 ///
 /// # Errors
 /// Which part the kernel lacks.
-pub(crate) fn enter_fetcher(scratch: &Path, limits: &Limits, ca: Option<&Path>) -> Result<(), Error> {
+pub(crate) fn enter_fetcher(
+    scratch: &Path,
+    limits: &Limits,
+    ca: Option<&Path>,
+) -> Result<(), Error> {
     bound(limits.layer_stored_max_bytes)?;
     let write = AccessFs::from_all(LANDLOCK);
     let read = AccessFs::from_read(LANDLOCK) & !AccessFs::Execute;
@@ -133,7 +147,9 @@ fn forbid(open: &[(std::path::PathBuf, landlock::BitFlags<AccessFs>)]) -> Result
     }
     let status = rules.restrict_self().map_err(|e| failed(&e))?;
     if status.ruleset == RulesetStatus::NotEnforced {
-        return Err(failed(&"the kernel has none: needs Linux 5.13, better 6.12"));
+        return Err(failed(
+            &"the kernel has none: needs Linux 5.13, better 6.12",
+        ));
     }
     Ok(())
 }

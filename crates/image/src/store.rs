@@ -60,7 +60,15 @@ pub struct Store {
 /// Held while images are imported or removed.
 #[must_use]
 #[derive(Debug)]
-pub struct Lock(#[allow(dead_code)] File);
+pub struct Lock(File);
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // Said, not left to the close: a child of another thread may hold a copy of the
+        // descriptor until it has executed its program.
+        let _ = flock(&self.0, FlockOperation::Unlock);
+    }
+}
 
 impl Store {
     /// The images below this directory.
@@ -174,8 +182,9 @@ impl Store {
     fn read(&self) -> Result<Map<String, Value>> {
         let path = self.artifacts.join("manifest.json");
         match service::files::read_bounded(&path, MANIFEST_MAX_BYTES) {
-            Ok(bytes) => serde_json::from_slice(&bytes)
-                .map_err(os(format!("read {}", path.display()))),
+            Ok(bytes) => {
+                serde_json::from_slice(&bytes).map_err(os(format!("read {}", path.display())))
+            }
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
                 let mut new = Map::new();
                 new.insert("version".into(), 1.into());
@@ -204,7 +213,12 @@ impl Store {
 ///
 /// # Errors
 /// [`Error::Usage`] for a name that is not there, [`Error::Busy`] for an image in use.
-pub fn remove(store: &Store, name: &str, in_use: &[(String, String)], force: bool) -> Result<Image> {
+pub fn remove(
+    store: &Store,
+    name: &str,
+    in_use: &[(String, String)],
+    force: bool,
+) -> Result<Image> {
     let _lock = store.lock()?;
     let all = store.list()?;
     let image = all.iter().find(|i| i.name == name).ok_or_else(|| {
@@ -254,7 +268,9 @@ fn images(manifest: &Map<String, Value>) -> Result<Vec<Image>> {
 }
 
 fn array(manifest: &mut Map<String, Value>) -> Result<&mut Vec<Value>> {
-    let all = manifest.entry("images").or_insert_with(|| Value::Array(Vec::new()));
+    let all = manifest
+        .entry("images")
+        .or_insert_with(|| Value::Array(Vec::new()));
     all.as_array_mut()
         .ok_or_else(|| Error::Usage("the manifest's images are no list".into()))
 }

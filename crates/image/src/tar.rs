@@ -479,7 +479,11 @@ fn time(value: &[u8]) -> Result<u64> {
         None => (false, text),
     };
     let (seconds, fraction) = text.split_once('.').unwrap_or((text, ""));
-    if !seconds.bytes().chain(fraction.bytes()).all(|b| b.is_ascii_digit()) {
+    if !seconds
+        .bytes()
+        .chain(fraction.bytes())
+        .all(|b| b.is_ascii_digit())
+    {
         return Err(wrong());
     }
     let seconds: u64 = seconds.parse().map_err(|_| wrong())?;

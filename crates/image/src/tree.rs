@@ -245,11 +245,7 @@ impl Tree {
 
     fn link(&mut self, dir: Id, name: &[u8], target: &[u8]) -> Result<()> {
         let names = names(target).map_err(|r| {
-            let what = format!(
-                "a hard link to {}: {}",
-                crate::error::show(target),
-                r.why
-            );
+            let what = format!("a hard link to {}: {}", crate::error::show(target), r.why);
             Refusal::new(r.code, what)
         })?;
         let missing = |why: &str| {

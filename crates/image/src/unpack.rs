@@ -124,7 +124,10 @@ fn resolve(job: &Job, blobs: &mut impl Blobs) -> Result<(Digest, oci::Manifest)>
     let (mut digest, mut document) = match &job.digest {
         Some(digest) => {
             let bytes = read_checked(blobs.blob(digest)?, digest, None)?;
-            (*digest, oci::document(&bytes, None).map_err(|r| r.of(digest))?)
+            (
+                *digest,
+                oci::document(&bytes, None).map_err(|r| r.of(digest))?,
+            )
         }
         None => {
             let bytes = read_bounded(blobs.index()?, "index.json")?;
@@ -236,11 +239,10 @@ impl State {
             }
             self.tree.apply(&entry, self.spooled)?;
             if entry.kind == Kind::File {
-                self.spool(&mut archive, spool)
-                    .map_err(|e| match e {
-                        Error::Refused(r) => r.at(&entry.path).into(),
-                        other => other,
-                    })?;
+                self.spool(&mut archive, spool).map_err(|e| match e {
+                    Error::Refused(r) => r.at(&entry.path).into(),
+                    other => other,
+                })?;
             }
         }
         let stream = archive.finish()?;
@@ -356,7 +358,11 @@ fn check_privileges(
         if !is_dir && node.meta.mode & 0o6000 != 0 && !policy::lists(&job.allow_setuid, path) {
             return refuse(Code::Setuid, "a setuid or setgid file outside the policy");
         }
-        let capability = node.meta.xattrs.iter().any(|(n, _)| n == b"security.capability");
+        let capability = node
+            .meta
+            .xattrs
+            .iter()
+            .any(|(n, _)| n == b"security.capability");
         if capability && (is_dir || !policy::lists(&job.allow_capabilities, path)) {
             return refuse(Code::FileCapability, "a file capability outside the policy");
         }

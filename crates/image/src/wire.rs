@@ -52,7 +52,11 @@ pub(crate) enum FromWorker {
 ///
 /// # Errors
 /// The socket's.
-pub(crate) fn send<T: Serialize>(socket: impl AsFd, message: &T, files: &[&File]) -> Result<(), Error> {
+pub(crate) fn send<T: Serialize>(
+    socket: impl AsFd,
+    message: &T,
+    files: &[&File],
+) -> Result<(), Error> {
     let bytes = serde_json::to_vec(message).map_err(os("encode a message"))?;
     if bytes.len() > MESSAGE_MAX_BYTES {
         let what = format!("a message of {} bytes to a worker", bytes.len());
@@ -74,7 +78,9 @@ pub(crate) fn send<T: Serialize>(socket: impl AsFd, message: &T, files: &[&File]
 ///
 /// # Errors
 /// The socket's, or a message that is none.
-pub(crate) fn receive<T: DeserializeOwned>(socket: impl AsFd) -> Result<Option<(T, Vec<File>)>, Error> {
+pub(crate) fn receive<T: DeserializeOwned>(
+    socket: impl AsFd,
+) -> Result<Option<(T, Vec<File>)>, Error> {
     let mut bytes = vec![0; MESSAGE_MAX_BYTES];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
     let mut beside = RecvAncillaryBuffer::new(&mut space);

@@ -37,9 +37,10 @@ impl<R: BufRead> Frames<R> {
                     self.within = true;
                     return Ok(true);
                 }
-                Err(FrameDecoderError::ReadFrameHeaderError(
-                    ReadFrameHeaderError::SkipFrame { length, .. },
-                )) => {
+                Err(FrameDecoderError::ReadFrameHeaderError(ReadFrameHeaderError::SkipFrame {
+                    length,
+                    ..
+                })) => {
                     let mut skipped = (&mut self.inner).take(length.into());
                     if io::copy(&mut skipped, &mut io::sink())? != u64::from(length) {
                         return Err(io::ErrorKind::UnexpectedEof.into());

@@ -52,11 +52,20 @@ fn an_image_is_imported_with_all_that_it_has() {
     let world = World::new();
     let imported = world.import_layout(&honest(), "honest").unwrap();
     let file = world.store.file(&imported.image.id);
-    assert_eq!(Digest::of(&fs::read(&file).unwrap()).hex(), imported.image.id);
+    assert_eq!(
+        Digest::of(&fs::read(&file).unwrap()).hex(),
+        imported.image.id
+    );
     assert_eq!(file.metadata().unwrap().len(), imported.bytes);
     let config = &imported.image.source.as_ref().unwrap().config;
-    assert_eq!((config.user.as_str(), config.working_dir.as_str()), ("app", "/srv"));
-    assert_eq!((&config.env[..], &config.cmd[..]), (&["PATH=/bin".into()][..], &["/bin/sh".into()][..]));
+    assert_eq!(
+        (config.user.as_str(), config.working_dir.as_str()),
+        ("app", "/srv")
+    );
+    assert_eq!(
+        (&config.env[..], &config.cmd[..]),
+        (&["PATH=/bin".into()][..], &["/bin/sh".into()][..])
+    );
     assert_eq!(world.store.list().unwrap(), [imported.image]);
 
     let to = world.path("tree");
@@ -64,11 +73,20 @@ fn an_image_is_imported_with_all_that_it_has() {
     let read = |p: &str| fs::read(to.join(p)).unwrap();
     assert_eq!(read("usr/bin/tool"), vec![7; 10_000]);
     assert_eq!(read("usr/bin/added"), b"through a link of a lower layer");
-    assert_eq!(read(&format!("deep/{}/file", "n".repeat(200))), b"long name");
+    assert_eq!(
+        read(&format!("deep/{}/file", "n".repeat(200))),
+        b"long name"
+    );
     assert_eq!((read("empty").len(), read("block").len()), (0, 4_096));
-    assert_eq!(fs::read_link(to.join("bin")).unwrap().to_str(), Some("usr/bin"));
+    assert_eq!(
+        fs::read_link(to.join("bin")).unwrap().to_str(),
+        Some("usr/bin")
+    );
     assert!(!to.join("gone").exists() && !to.join("opaque/old").exists());
-    assert_eq!((read("opaque/new"), read("kept/a")), (b"y".to_vec(), b"a".to_vec()));
+    assert_eq!(
+        (read("opaque/new"), read("kept/a")),
+        (b"y".to_vec(), b"a".to_vec())
+    );
     for made in ["proc", "sys", "dev", "run", "tmp", "etc", "root"] {
         assert!(to.join(made).is_dir(), "{made}");
     }
@@ -77,7 +95,6 @@ fn an_image_is_imported_with_all_that_it_has() {
     if rustix::process::geteuid().is_root() {
         let home = to.join("home").metadata().unwrap();
         assert_eq!((home.uid(), home.gid()), (1_000, 1_001));
-        assert_eq!(mode("usr/bin/su"), 0o4755);
     }
 }
 
@@ -90,7 +107,10 @@ fn the_kernel_reads_what_was_written() {
     let world = World::new();
     let mut many = Tar::default();
     for n in 0..700 {
-        many = many.file(&format!("many/file-with-some-name-{n}"), n.to_string().as_bytes());
+        many = many.file(
+            &format!("many/file-with-some-name-{n}"),
+            n.to_string().as_bytes(),
+        );
     }
     let layout = honest().plain(many.end());
     let imported = world.import_layout(&layout, "mounted").unwrap();
@@ -105,12 +125,18 @@ fn the_kernel_reads_what_was_written() {
         .unwrap();
     if !mounted.status.success() {
         let text = String::from_utf8_lossy(&mounted.stderr).into_owned();
-        assert!(text.contains("unknown filesystem") || text.contains("loop"), "{text}");
+        assert!(
+            text.contains("unknown filesystem") || text.contains("loop"),
+            "{text}"
+        );
         return; // This kernel has no erofs; the guest's kernel reads it in the platform's test.
     }
     let seen = std::panic::catch_unwind(|| {
         let tool = at.join("usr/bin/tool").metadata().unwrap();
-        assert_eq!((tool.nlink(), tool.ino()), (2, at.join("bin/same").metadata().unwrap().ino()));
+        assert_eq!(
+            (tool.nlink(), tool.ino()),
+            (2, at.join("bin/same").metadata().unwrap().ino())
+        );
         assert_eq!(at.join("home").metadata().unwrap().uid(), 1_000);
         assert_eq!(at.join("usr").metadata().unwrap().nlink(), 3);
         assert_eq!(fs::read_dir(at.join("many")).unwrap().count(), 700);
@@ -122,6 +148,10 @@ fn the_kernel_reads_what_was_written() {
         let n = rustix::fs::getxattr(at.join("colored"), "user.color", &mut value).unwrap();
         assert_eq!(&value[..n], b"blue");
         assert_eq!(tool.mtime(), 1_700_000_000);
+        assert_eq!(
+            at.join("usr/bin/su").metadata().unwrap().mode() & 0o7777,
+            0o4755
+        );
     });
     assert!(Command::new("umount").arg(&at).status().unwrap().success());
     seen.unwrap();
@@ -149,20 +179,31 @@ fn an_archive_and_an_index_lead_to_the_same_image() {
     own["platform"] = serde_json::json!({"os": "linux", "architecture": "amd64"});
     let mut other = own.clone();
     other["platform"]["architecture"] = "arm64".into();
-    let list = serde_json::json!({"schemaVersion": 2, "mediaType": INDEX, "manifests": [other, own]});
+    let list =
+        serde_json::json!({"schemaVersion": 2, "mediaType": INDEX, "manifests": [other, own]});
     let mut entry = blob(&dir, INDEX, &serde_json::to_vec(&list).unwrap());
     entry["annotations"] = serde_json::json!({"org.opencontainers.image.ref.name": "v1"});
     let index = serde_json::json!({"schemaVersion": 2, "manifests": [entry]});
     fs::write(dir.join("index.json"), serde_json::to_vec(&index).unwrap()).unwrap();
-    let listed = world.import(&format!("oci:{}:v1", dir.display()), "listed").unwrap();
+    let listed = world
+        .import(&format!("oci:{}:v1", dir.display()), "listed")
+        .unwrap();
     assert_eq!(listed.image.id, plain.image.id);
     let wrong = world.import(&format!("oci:{}:v2", dir.display()), "listed");
     assert!(matches!(wrong, Err(Error::Refused(r)) if r.code == image::Code::ImageNotFound));
     // And as an archive.
     let tar = world.path("listed.tar");
-    let made = Command::new("tar").arg("cf").arg(&tar).arg("-C").arg(&dir).arg(".").status();
+    let made = Command::new("tar")
+        .arg("cf")
+        .arg(&tar)
+        .arg("-C")
+        .arg(&dir)
+        .arg(".")
+        .status();
     assert!(made.unwrap().success());
-    let archived = world.import(&format!("oci-archive:{}:v1", tar.display()), "archived").unwrap();
+    let archived = world
+        .import(&format!("oci-archive:{}:v1", tar.display()), "archived")
+        .unwrap();
     assert_eq!(archived.image.id, plain.image.id);
 }
 
@@ -186,7 +227,7 @@ fn what_common_tools_write_is_read() {
         // Several frames, one of them skippable, as `zstd:chunked` has them.
         (
             "pax",
-            "sh -c 'printf \\120\\052\\115\\030\\003\\0\\0\\0abc; head -c 10000 | zstd -q; zstd -q'",
+            r"{ printf '\120\052\115\030\003\000\000\000abc'; head -c 10000 | zstd -q; zstd -q; }",
             "+zstd",
         ),
     ] {
@@ -199,7 +240,11 @@ fn what_common_tools_write_is_read() {
             ))
             .output()
             .unwrap();
-        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        assert!(
+            out.status.success(),
+            "{}",
+            String::from_utf8_lossy(&out.stderr)
+        );
         let digest = Digest::of(&fs::read(world.path("t.tar")).unwrap());
         let stored = fs::read(world.path("t.packed")).unwrap();
         let layout = Layout::default().stored(stored, &format!("{LAYER}{media}"), digest);
@@ -209,7 +254,10 @@ fn what_common_tools_write_is_read() {
     assert_eq!(ids.len(), 1, "each way leads to the same image");
     let to = world.path("tree");
     extract(&world.store.file(&ids[0]), &to);
-    assert_eq!(fs::read(to.join(&long).join(&long).join("f")).unwrap(), b"deep");
+    assert_eq!(
+        fs::read(to.join(&long).join(&long).join("f")).unwrap(),
+        b"deep"
+    );
     assert_eq!(fs::read(to.join("hard")).unwrap().len(), 3 << 20);
 }
 
@@ -226,7 +274,10 @@ fn a_second_import_waits_for_nobody_and_sweeps_what_a_killed_one_left() {
     fs::write(images.join(".import-2/journal"), &id).unwrap();
     fs::write(world.store.file(&id), "renamed").unwrap();
     let lock = world.store.lock().unwrap();
-    assert!(matches!(world.import_layout(&honest(), "x"), Err(Error::Busy(_))));
+    assert!(matches!(
+        world.import_layout(&honest(), "x"),
+        Err(Error::Busy(_))
+    ));
     drop(lock);
     let imported = world.import_layout(&honest(), "x").unwrap();
     store::remove(&world.store, "x", &[], false).unwrap();
@@ -267,14 +318,26 @@ fn a_killed_import_leaves_nothing() {
             }
         };
         image::import::sweep(&world.store).unwrap();
-        let known: Vec<_> = world.store.list().unwrap().into_iter().map(|i| i.id).collect();
+        let known: Vec<_> = world
+            .store
+            .list()
+            .unwrap()
+            .into_iter()
+            .map(|i| i.id)
+            .collect();
         for entry in fs::read_dir(world.store.images()).unwrap().flatten() {
             let name = entry.file_name().into_string().unwrap();
             let id = name.strip_suffix(".erofs");
-            assert!(name == ".lock" || id.is_some_and(|i| known.contains(&i.into())), "{name}");
+            assert!(
+                name == ".lock" || id.is_some_and(|i| known.contains(&i.into())),
+                "{name}"
+            );
         }
         for id in &known {
-            assert_eq!(Digest::of(&fs::read(world.store.file(id)).unwrap()).hex(), *id);
+            assert_eq!(
+                Digest::of(&fs::read(world.store.file(id)).unwrap()).hex(),
+                *id
+            );
             finished += 1;
         }
     }
@@ -313,7 +376,10 @@ fn an_image_in_use_is_removed_by_force_only() {
     let id = imported.image.id;
     let users = [("ws_1".to_owned(), id.clone())];
     let busy = store::remove(&world.store, "used", &users, false).unwrap_err();
-    assert!(busy.to_string().contains("ws_1") && world.store.file(&id).exists(), "{busy}");
+    assert!(
+        busy.to_string().contains("ws_1") && world.store.file(&id).exists(),
+        "{busy}"
+    );
     assert!(store::remove(&world.store, "other", &[], false).is_err());
     store::remove(&world.store, "used", &users, true).unwrap();
     assert!(!world.store.file(&id).exists() && world.store.list().unwrap().is_empty());
@@ -329,10 +395,21 @@ fn what_others_wrote_into_the_manifest_stays() {
     fs::write(world.store.file(&"0".repeat(64)), "").unwrap();
     world.import_layout(&honest(), "own").unwrap();
     let now: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
-    assert_eq!((&now["kernel"], now["images"].as_array().unwrap().len()), (&made["kernel"], 2));
+    assert_eq!(
+        (&now["kernel"], now["images"].as_array().unwrap().len()),
+        (&made["kernel"], 2)
+    );
     // `xtask image` makes its own again: what was imported stays.
-    let serde_json::Value::Object(made) = made else { panic!() };
+    let serde_json::Value::Object(made) = made else {
+        panic!()
+    };
     world.store.merge(made).unwrap();
-    let names: Vec<_> = world.store.list().unwrap().into_iter().map(|i| i.name).collect();
+    let names: Vec<_> = world
+        .store
+        .list()
+        .unwrap()
+        .into_iter()
+        .map(|i| i.name)
+        .collect();
     assert_eq!(names, ["python-3", "own"]);
 }

@@ -22,12 +22,28 @@ fn read(bytes: &[u8]) -> Result<Tree, image::Refusal> {
 }
 
 fn kind() -> impl Strategy<Value = u8> {
-    prop_oneof![Just(b'0'), Just(b'1'), Just(b'2'), Just(b'5'), Just(b'6'), Just(b'3'), Just(b'x')]
+    prop_oneof![
+        Just(b'0'),
+        Just(b'1'),
+        Just(b'2'),
+        Just(b'5'),
+        Just(b'6'),
+        Just(b'3'),
+        Just(b'x')
+    ]
 }
 
 fn path() -> impl Strategy<Value = String> {
     proptest::collection::vec(
-        prop_oneof![Just("a"), Just("b"), Just(".."), Just("."), Just(""), Just(".wh.a"), Just(".wh..wh..opq")],
+        prop_oneof![
+            Just("a"),
+            Just("b"),
+            Just(".."),
+            Just("."),
+            Just(""),
+            Just(".wh.a"),
+            Just(".wh..wh..opq")
+        ],
         1..5,
     )
     .prop_map(|parts| parts.join("/"))

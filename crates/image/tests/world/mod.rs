@@ -359,5 +359,9 @@ pub fn extract(erofs: &Path, to: &Path) {
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&out.stderr).into_owned();
-    assert!(out.status.success(), "{text}{}", String::from_utf8_lossy(&out.stdout));
+    assert!(
+        out.status.success(),
+        "{text}{}",
+        String::from_utf8_lossy(&out.stdout)
+    );
 }
