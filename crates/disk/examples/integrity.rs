@@ -40,7 +40,7 @@ fn main() -> Result<(), Box<dyn Error>> {
                 let sidecar =
                     Sidecar::create(open("integrity.tags")?, keys, SIZE_BYTES / 4096, run)?;
                 sidecar.finish(&data)?;
-                reopened(&open, &key, &mut run)?
+                reopened(open, &key, &mut run)?
             } else {
                 Volume::new(data, &key, SIZE_BYTES)?
             };
@@ -52,7 +52,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             volume.close()?;
             if tags {
                 let start = Instant::now();
-                let volume = reopened(&open, &key, &mut run)?;
+                let volume = reopened(open, &key, &mut run)?;
                 println!("{round} {name} open_us {}", start.elapsed().as_micros());
                 println!(
                     "{round} {name} random_4k_per_s_cold_tags {:.0}",

@@ -147,6 +147,8 @@ struct Commit {
 struct Buffers {
     active: Buffer,
     flushing: Option<Arc<Buffer>>,
+    /// Empty: memory for the next active one.
+    spare: Buffer,
 }
 
 struct View {
@@ -661,16 +663,23 @@ impl Buffers {
     fn next(&mut self, appended: &mut bool) -> Option<Arc<Buffer>> {
         if self.flushing.is_none() && !self.active.is_empty() {
             *appended = false;
-            self.flushing = Some(Arc::new(std::mem::take(&mut self.active)));
+            let next = std::mem::take(&mut self.spare);
+            self.flushing = Some(Arc::new(std::mem::replace(&mut self.active, next)));
         }
         self.flushing.clone()
     }
 
     fn done(&mut self, buffer: Arc<Buffer>) {
         self.flushing = None;
-        if let (Ok(mut buffer), true) = (Arc::try_unwrap(buffer), self.active.is_empty()) {
-            buffer.clear(BUFFER_KEPT_BYTES);
-            self.active = buffer;
+        // While much is written, the memory goes round; after that it goes back.
+        let keep_bytes = if buffer.len() >= BUFFER_SECTORS / 2 {
+            usize::MAX
+        } else {
+            BUFFER_KEPT_BYTES
+        };
+        if let Ok(mut buffer) = Arc::try_unwrap(buffer) {
+            buffer.clear(keep_bytes);
+            self.spare = buffer;
         }
     }
 }

@@ -41,12 +41,12 @@ impl Life {
         let sidecar = machine.create(SECTORS, 1);
         let mut content = HashMap::new();
         for index in 0..SPOTS {
-            let now = if index % 5 == 0 {
+            let now = if index.is_multiple_of(5) {
                 [0; SECTOR_BYTES]
             } else {
                 dice.sector()
             };
-            if index % 5 != 0 {
+            if !index.is_multiple_of(5) {
                 write(&sidecar, &machine.data, spot(index), &[now]).unwrap();
             }
             content.insert(spot(index), now);
@@ -60,7 +60,7 @@ impl Life {
         for round in 0..12 {
             for _ in 0..40 {
                 let index = dice.below(SPOTS);
-                if index % 5 != 0 {
+                if !index.is_multiple_of(5) {
                     let now = dice.sector();
                     write(&sidecar, &machine.data, spot(index), &[now]).unwrap();
                     content.insert(spot(index), now);
@@ -73,7 +73,7 @@ impl Life {
             copies.push(image(&sidecar));
         }
         // Each sector is newer than in any copy: a copy of one is never the truth by chance.
-        for index in (0..SPOTS).filter(|index| index % 5 != 0) {
+        for index in (0..SPOTS).filter(|index| !index.is_multiple_of(5)) {
             let now = dice.sector();
             write(&sidecar, &machine.data, spot(index), &[now]).unwrap();
             content.insert(spot(index), now);
@@ -116,7 +116,7 @@ impl Life {
     fn written(&self, dice: &mut Dice) -> u64 {
         loop {
             let index = dice.below(SPOTS);
-            if index % 5 != 0 {
+            if !index.is_multiple_of(5) {
                 return spot(index);
             }
         }
