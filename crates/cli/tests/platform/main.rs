@@ -8,5 +8,6 @@ mod world;
 mod checks;
 mod hostile;
 mod kill;
+mod lifecycle;
 mod sabotage;
 mod sdk;

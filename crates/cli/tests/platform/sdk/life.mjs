@@ -50,6 +50,18 @@ const listed = await rt.files.list({ dirPath: '/root/sdk' });
 assert.deepEqual(listed.entries.map((e) => e.name), ['a.txt']);
 await assert.rejects(() => rt.files.read({ filePath: '/root/sdk/none' }), (e) => e.status === 404);
 
+// Paused, its memory stays and nothing answers; resumed, it does.
+await client.workspaces.pause(id);
+await assert.rejects(() => rt.exec.run(['true']), (e) => e.status === 409 && e.code === 'vm_not_running');
+await client.workspaces.resume(id);
+assert.equal((await rt.exec.run(['true'], { execMode: 'direct' })).exit_code, 0);
+
+const lifecycle = await client.workspaces.lifecycle.get(id);
+assert.equal(lifecycle.mode, 'permanent');
+assert.equal(lifecycle.restart_policy, 'always');
+await client.workspaces.resources.update(id, { cpus: 2, apply: false });
+assert.equal((await client.workspaces.resources.get(id)).resources.cpus, 2);
+
 await client.workspaces.stop(id);
 await assert.rejects(() => rt.exec.run(['true']), (e) => e.status === 409 || e.status === 403);
 await client.workspaces.start(id);
