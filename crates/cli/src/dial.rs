@@ -24,6 +24,26 @@ pub fn dial(address: SocketAddr, from: Option<IpAddr>, wait_ms: u64) -> String {
     }
 }
 
+/// Counts the datagrams that arrive at `port` of any local address until standard input ends.
+/// Prints `ready` once it listens, and the number at its end.
+///
+/// # Errors
+/// When the port is taken.
+pub fn listen(port: u16) -> std::io::Result<()> {
+    use std::io::Read as _;
+    let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, port))?;
+    println!("ready");
+    std::io::stdin().read_to_end(&mut Vec::new())?;
+    socket.set_nonblocking(true)?;
+    let mut count = 0u64;
+    // What has come waits in the socket's buffer: a few hundred datagrams fit.
+    while socket.recv(&mut [0; 16]).is_ok() {
+        count += 1;
+    }
+    println!("{count}");
+    Ok(())
+}
+
 fn dial_from(address: SocketAddr, from: IpAddr, wait: Duration) -> std::io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

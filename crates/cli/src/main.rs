@@ -133,6 +133,12 @@ enum Command {
         #[arg(long, default_value_t = 600)]
         wait_ms: u64,
     },
+    /// Count datagrams; run inside a network namespace by the checks.
+    #[command(hide = true)]
+    Listen {
+        /// UDP port.
+        port: u16,
+    },
 }
 
 #[derive(clap::Subcommand)]
@@ -280,6 +286,7 @@ fn run(args: Args) -> anyhow::Result<u8> {
         } => {
             println!("{}", cli::dial::dial(address, from, wait_ms));
         }
+        Command::Listen { port } => cli::dial::listen(port)?,
     }
     Ok(0)
 }

@@ -205,6 +205,189 @@ pub(super) async fn iso_5(w: &mut World<'_>) -> anyhow::Result<Finding> {
     ))
 }
 
+/// Requests that a host side with a view into its guests would know.
+const LOOKS_INSIDE: &[&str] = &[
+    "read_memory",
+    "memory_read",
+    "dump",
+    "dump_guest_memory",
+    "pmemsave",
+    "memsave",
+    "human_monitor_command",
+    "qmp",
+    "hmp",
+    "migrate",
+    "screendump",
+    "exec",
+    "processes",
+    "files",
+    "read_file",
+    "console",
+    "attach_debugger",
+    "gdbserver",
+];
+
+pub(super) async fn iso_6(w: &mut World<'_>) -> anyhow::Result<Finding> {
+    let id = w.shared().await?;
+    let slot = w.slot(&id)?;
+    let paths = w.probe.paths;
+    let vmctl = format!("{}.sock", slot.slot);
+    let sockets = [
+        ("host", paths.socket("host", "host")),
+        ("warden", paths.socket("warden", "warden")),
+        ("vmctl", paths.run().join("vmctl").join(vmctl)),
+    ];
+    for (name, socket) in &sockets {
+        ensure!(socket.exists(), "{} is not there", socket.display());
+        for op in LOOKS_INSIDE {
+            for body in [
+                json!({ "op": op }),
+                json!({ "op": op, "slot": slot.slot, "workspace": id, "address": 0, "bytes": 4096 }),
+            ] {
+                let wait = std::time::Duration::from_secs(10);
+                let answer: api::Result<serde_json::Value> =
+                    api::rpc::blocking::call(socket, "verify", &body, wait);
+                ensure!(answer.is_err(), "{name} answers {op}");
+            }
+        }
+    }
+    // What the kernel shows of the VMM to the users that the host side runs as.
+    let users = ["host", "control", "edge", "kms", "mint", "audit-read"];
+    let mut refused = 0;
+    for user in users {
+        for (program, file) in [
+            ("head", format!("/proc/{}/mem", slot.vmm_pid)),
+            ("ls", format!("/proc/{}/root/", slot.vmm_pid)),
+            ("ls", format!("/proc/{}/fd/", slot.vmm_pid)),
+            ("ls", format!("/proc/{}/map_files/", slot.vmm_pid)),
+            (
+                "head",
+                paths.state("warden").join("disks").display().to_string(),
+            ),
+        ] {
+            let out = std::process::Command::new("setpriv")
+                .args(["--reuid", &format!("casemate-{user}")])
+                .args(["--regid", &format!("casemate-{user}")])
+                .args(["--clear-groups", "--", program, &file])
+                .output()
+                .context("run setpriv (util-linux)")?;
+            let said = String::from_utf8_lossy(&out.stderr);
+            ensure!(
+                !out.status.success() && said.contains("ermission denied"),
+                "casemate-{user} may read {file}: {}",
+                said.trim()
+            );
+            refused += 1;
+        }
+    }
+    Finding::pass(format!(
+        "host, warden and vmctl refuse {} requests that look inside; {refused} reads of the VMM's memory, root, descriptors and disks by {} are refused by the kernel",
+        LOOKS_INSIDE.len(),
+        users.map(|u| format!("casemate-{u}")).join(", ")
+    ))
+}
+
+/// Frames with addresses that are not the workspace's own, as its root would send them.
+const SPOOF: &str = r"
+import socket, struct, sys
+own_ip, own_mac, gateway, victim, victim_mac, port = sys.argv[1:]
+own, other = (bytes.fromhex(m.replace(':', '')) for m in (own_mac, victim_mac))
+router = bytes([2, 0]) + socket.inet_aton(gateway)
+raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+raw.bind(('eth0', 0))
+def sum16(data):
+    total = sum(struct.unpack('!%dH' % (len(data) // 2), data))
+    while total >> 16:
+        total = (total & 0xffff) + (total >> 16)
+    return ~total & 0xffff
+def packet(source, to):
+    body = struct.pack('!HHHH', 40000, int(port), 16, 0) + b'casemate'
+    head = struct.pack('!BBHHHBBH4s4s', 0x45, 0, 36, 1, 0x4000, 64, 17, 0, socket.inet_aton(source), socket.inet_aton(to))
+    return head[:10] + struct.pack('!H', sum16(head)) + head[12:] + body
+sent = 0
+def send(to, mac, kind, payload):
+    global sent
+    raw.send((to + mac + struct.pack('!H', kind) + payload).ljust(60, b'\0'))
+    sent += 1
+for _ in range(8):
+    for to in (gateway, victim):
+        send(router, own, 0x0800, packet(victim, to))
+        send(router, own, 0x0800, packet('192.0.2.1', to))
+        send(router, other, 0x0800, packet(own_ip, to))
+counted = sent
+everyone = b'\xff' * 6
+for op in (1, 2):
+    for mac, ip in ((own, gateway), (own, victim), (other, victim), (other, own_ip)):
+        send(everyone, mac, 0x0806, struct.pack('!HHBBH', 1, 0x0800, 6, 4, op) + mac + socket.inet_aton(ip) + router + socket.inet_aton(gateway))
+link = socket.inet_pton(socket.AF_INET6, 'fe80::1')
+every = socket.inet_pton(socket.AF_INET6, 'ff02::1')
+for kind in (134, 136, 135):
+    body = bytes([kind, 0, 0, 0, 0xe0, 0, 0, 0]) + link + b'\2\1' + own
+    pseudo = link + every + struct.pack('!II', len(body), 58) + body
+    body = body[:2] + struct.pack('!H', sum16(pseudo)) + body[4:]
+    send(bytes.fromhex('333300000001'), own, 0x86dd, struct.pack('!IHBB', 6 << 28, len(body), 58, 255) + link + every + body)
+print(counted, sent)
+";
+
+pub(super) async fn iso_7(w: &mut World<'_>) -> anyhow::Result<Finding> {
+    const PORT: &str = "5300";
+    let a = w.shared().await?;
+    let b = w.make(json!({})).await?;
+    w.public(&a, true).await?;
+    let (from, to) = (w.slot(&a)?, w.slot(&b)?);
+    let neighbours = || w.in_fabric(&["cat", "/proc/net/arp"]);
+    let listener = w.listen(PORT)?;
+    let arp_before = neighbours()?;
+    let before = (w.probe.counters(from.slot)?, w.probe.counters(to.slot)?);
+    let sent = w
+        .inside(
+            &a,
+            &[
+                "python3",
+                "-c",
+                SPOOF,
+                &from.net.ip,
+                &from.net.mac,
+                &from.net.gateway,
+                &to.net.ip,
+                &to.net.mac,
+                PORT,
+            ],
+        )
+        .await?;
+    let after = (w.probe.counters(from.slot)?, w.probe.counters(to.slot)?);
+    let arp_after = neighbours()?;
+    let delivered = listener.count()?;
+    w.public(&a, false).await?;
+    w.delete(&b).await?;
+    let (counted, all) = sent
+        .trim()
+        .split_once(' ')
+        .context("unexpected output of the sender")?;
+    let counted: u64 = counted.parse()?;
+    ensure!(
+        delivered == 0,
+        "{delivered} spoofed datagrams were delivered on the host's side"
+    );
+    ensure!(
+        arp_before == arp_after,
+        "the neighbours changed from\n{arp_before}to\n{arp_after}"
+    );
+    let reached = after.1.in_packets - before.1.in_packets;
+    ensure!(
+        reached == 0,
+        "{reached} packets reached the other workspace"
+    );
+    let dropped = after.0.out_dropped_packets - before.0.out_dropped_packets;
+    ensure!(
+        dropped >= counted,
+        "of {counted} spoofed packets {dropped} were counted as dropped"
+    );
+    Finding::pass(format!(
+        "{all} frames with another's IP, MAC, ARP and ND: {dropped} IP packets dropped, 0 delivered, 0 reached the other workspace, neighbours unchanged"
+    ))
+}
+
 /// What dials from inside a workspace meet: `open`, `refused`, `silence` or `unreachable`.
 async fn dial_inside(
     w: &World<'_>,

@@ -138,6 +138,16 @@ pub const CHECKS: &[Check] = &[
         iso::iso_5
     ),
     check!(
+        "ISO-6",
+        "No call of the host side reads a guest's memory, processes or files",
+        iso::iso_6
+    ),
+    check!(
+        "ISO-7",
+        "Spoofed source addresses from a workspace are dropped",
+        iso::iso_7
+    ),
+    check!(
         "DSK-1",
         "A dedicated encrypted block device, which nobody else has",
         dsk::dsk_1

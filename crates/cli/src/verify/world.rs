@@ -217,6 +217,55 @@ impl<'a> World<'a> {
         Ok(String::from_utf8_lossy(&out.stdout).trim().to_owned())
     }
 
+    /// Standard output of a command in the network of the taps, as root.
+    ///
+    /// # Errors
+    /// When it can't be run, or fails.
+    pub fn in_fabric(&self, command: &[&str]) -> anyhow::Result<String> {
+        let out = self
+            .fabric()
+            .args(command)
+            .output()
+            .context("run nsenter (util-linux)")?;
+        if !out.status.success() {
+            bail!(
+                "{command:?}: {}",
+                String::from_utf8_lossy(&out.stderr).trim()
+            );
+        }
+        Ok(String::from_utf8_lossy(&out.stdout).into_owned())
+    }
+
+    /// Counts the datagrams that arrive at a port in the network of the taps.
+    ///
+    /// # Errors
+    /// When the port is taken.
+    pub fn listen(&self, port: &str) -> anyhow::Result<Listener> {
+        let mut child = self
+            .fabric()
+            .arg(std::env::current_exe()?)
+            .args(["listen", port])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("run nsenter (util-linux)")?;
+        let out = child.stdout.take().context("no output")?;
+        let mut lines = std::io::BufRead::lines(std::io::BufReader::new(out));
+        let ready = lines.next().transpose()?;
+        if ready.as_deref() != Some("ready") {
+            let _ = child.wait();
+            bail!("no listener on port {port}: {ready:?}");
+        }
+        Ok(Listener { child, lines })
+    }
+
+    fn fabric(&self) -> Command {
+        let fabric = supervise::processes::fabric_name(self.probe.paths, self.probe.config);
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net=/run/netns/{fabric}")).arg("--");
+        command
+    }
+
     /// Deletes every workspace that is left.
     pub async fn clean(&mut self) {
         for id in std::mem::take(&mut self.made) {
@@ -228,6 +277,25 @@ impl<'a> World<'a> {
                 eprintln!("casemate: {id} could not be deleted: {e:#}");
             }
         }
+    }
+}
+
+/// A child that counts datagrams.
+pub struct Listener {
+    child: std::process::Child,
+    lines: std::io::Lines<std::io::BufReader<std::process::ChildStdout>>,
+}
+
+impl Listener {
+    /// Ends it; how many came.
+    ///
+    /// # Errors
+    /// When it died.
+    pub fn count(mut self) -> anyhow::Result<u64> {
+        drop(self.child.stdin.take());
+        let line = self.lines.next().context("the listener died")??;
+        self.child.wait()?;
+        Ok(line.trim().parse()?)
     }
 }
 

@@ -143,7 +143,7 @@ fn a_hostile_guest_harms_nobody_else() {
     });
     run("memory bomb", &|g| {
         g.sh(
-            "python3 -c 'x=[]\nwhile True: x.append(bytearray(1<<20))'; true",
+            "timeout 60 python3 -c 'x=[]\nwhile True: x.append(b\"x\"*(1<<20))'; true",
             &p,
             &account,
         );

@@ -7,6 +7,7 @@ mod world;
 
 mod checks;
 mod hostile;
+mod hostile_guest;
 mod kill;
 mod lifecycle;
 mod sabotage;

@@ -27,6 +27,8 @@ const SEEN: &[(&str, &str)] = &[
     ("ISO-3", "the VMM shares the host's user namespace"),
     ("ISO-4", "from one workspace to another's port"),
     ("ISO-5", ":80 answered"),
+    ("ISO-6", "host answers read_memory"),
+    ("ISO-7", "spoofed datagrams were delivered"),
     ("DSK-1", "the disk file is open in"),
     ("DSK-2", "allocated sectors of two workspaces are equal"),
     ("DSK-3", "the canary stands in"),
