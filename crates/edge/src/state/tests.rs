@@ -144,8 +144,9 @@ async fn changes_cut_what_they_close_and_nothing_else() {
     w.give(&w.state(2, 2));
     assert!(old.cut().is_cancelled() && connection.is_cancelled());
     assert!(!new.cut().is_cancelled());
+    new.answered();
     w.place(ActualState::Paused, 1, true, "10.117.0.2");
-    assert!(!new.cut().is_cancelled(), "a pause keeps connections");
+    assert!(!new.cut().is_cancelled(), "a pause keeps answers under way");
     w.place(ActualState::Running, 2, true, "10.117.0.2");
     assert!(new.cut().is_cancelled(), "another start");
     let (_, third) = w.admit(2).unwrap();
