@@ -374,3 +374,46 @@ async fn a_machine_that_is_away_keeps_no_key_alive() {
     })
     .await;
 }
+
+/// The outcome of a creation is written beside its answer: a kill at that moment leaves it owed,
+/// and the next process pays.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn i19_a_kill_after_the_answer_leaves_the_outcome_to_the_next_process() {
+    let mut w = World::sqlite().await;
+    let outcomes = |w: &World, of: &dyn Fn(&api::audit::Entry) -> bool| {
+        let s = w.doubles.state();
+        let all = s.entries.iter().map(|(_, e)| e);
+        all.filter(|e| e.event == "workspace.create" && e.phase == Phase::Outcome && of(e))
+            .count()
+    };
+    for _ in 0..5 {
+        let id = w.workspace(json!({})).await;
+        w.kill();
+        w.start().await;
+        w.until("the outcome", async || {
+            (outcomes(&w, &|e| e.subject.as_deref() == Some(id.as_str())) > 0).then_some(())
+        })
+        .await;
+    }
+
+    // The row alone says so, whatever was in memory.
+    w.kill();
+    let store = control::store::Store::open("sqlite", &w.paths.state("control"))
+        .await
+        .unwrap();
+    let row = store.workspace_list_all().await.unwrap().swap_remove(0);
+    let owe = |w: &mut control::store::Workspace| {
+        w.doc.outcome_owed = Some("req_00000000000000aa".into());
+        Ok(())
+    };
+    store.workspace_update(&row, 0, owe).await.unwrap();
+    store.close().await;
+    w.start().await;
+    w.until("the outcome that is owed", async || {
+        (outcomes(&w, &|e| e.request_id == "req_00000000000000aa") == 1).then_some(())
+    })
+    .await;
+    let path = format!("/workspace/{}", row.id);
+    w.ok(1, "DELETE", &path, Value::Null).await;
+    assert_eq!(outcomes(&w, &|e| e.request_id == "req_00000000000000aa"), 1);
+}
