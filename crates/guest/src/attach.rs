@@ -132,6 +132,7 @@ pub fn attach(attach: &Attach, device: &Device) -> Result<Workspace, AttachError
     drop(disk);
     laps.lap("partition");
     disk_mount(&device.partition, length_bytes)?;
+    reserve_release();
     laps.lap("mount");
     let auth = auth(&identity, &attach.token_state)?;
     laps.lap("token_state");
@@ -144,6 +145,7 @@ pub fn attach(attach: &Attach, device: &Device) -> Result<Workspace, AttachError
     })?;
     laps.lap("root");
     names_set(&root.files, &config.hostname, &address)?;
+    reserve_keep();
     laps.lap("names");
     net::configure(&address).map_err(step("configuring eth0"))?;
     laps.lap("network");
@@ -283,6 +285,31 @@ fn unless_full(written: io::Result<()>) -> io::Result<()> {
     match written {
         Err(e) if e.kind() == io::ErrorKind::StorageFull => Ok(()),
         other => other,
+    }
+}
+
+/// Room that the workspace can't use up: without any, the overlay comes up read-only at the next
+/// start. It is let go when the disk is full, and taken again once the root stands.
+const RESERVE: &str = "/disk/reserve";
+const RESERVE_BYTES: u64 = 256 << 10;
+
+fn reserve_release() {
+    let full = rustix::fs::statvfs(DISK)
+        .is_ok_and(|v| v.f_bavail.saturating_mul(v.f_frsize) < RESERVE_BYTES || v.f_favail < 16);
+    if full {
+        // None there: then this start does without.
+        let _ = fs::remove_file(RESERVE);
+    }
+}
+
+fn reserve_keep() {
+    let Ok(file) = File::create_new(RESERVE) else {
+        return;
+    };
+    let none = rustix::fs::FallocateFlags::empty();
+    if rustix::fs::fallocate(&file, none, 0, RESERVE_BYTES).is_err() {
+        // The owner makes room first; the next start tries again.
+        let _ = fs::remove_file(RESERVE);
     }
 }
 
