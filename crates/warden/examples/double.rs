@@ -105,7 +105,7 @@ fn vmctl() {
         for stream in warden.incoming() {
             let stream = stream.unwrap();
             use std::os::fd::AsFd as _;
-            let (_, fds) = warden::jail::recv(stream.as_fd(), 4096).unwrap();
+            let (_, fds) = jail::channel::recv(stream.as_fd(), 4096).unwrap();
             let reply = api::rpc::Reply::new(1, Ok(true));
             api::rpc::blocking::write_frame(&mut &stream, &reply).unwrap();
             // Kept open, as the VMM would.
@@ -138,7 +138,7 @@ fn disk() {
         rustix::net::send(control, text.as_bytes(), rustix::net::SendFlags::empty()).unwrap();
     };
     let hear = || {
-        let (bytes, fds) = warden::jail::recv(control, 64 << 10).unwrap();
+        let (bytes, fds) = jail::channel::recv(control, 64 << 10).unwrap();
         (String::from_utf8_lossy(&bytes).into_owned(), fds)
     };
     std::thread::spawn(|| fuse(inherited(4)));

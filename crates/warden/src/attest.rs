@@ -24,7 +24,7 @@ impl Machine {
         make_dir(&layout.state(), 0o700)?;
         let state = layout.state();
         if read_small(&state.join("attest.key"))?.is_none() {
-            let seed = crate::layout::hex(SigningKey::generate().seed().as_ref());
+            let seed = hex::encode(SigningKey::generate().seed().as_ref() as &[u8]);
             write_small(&state.join("attest.key"), &seed, 0o600, true)?;
         }
         if read_small(&state.join("host_id"))?.is_none() {
@@ -52,10 +52,10 @@ impl Machine {
                 .ok_or_else(bad)
         };
         let seed = read("attest.key")?;
-        let seed = unhex(&seed)
-            .ok_or_else(|| Error::internal("attest.key is not 64 hexadecimal digits"))?;
+        let mut key = seal::Zeroizing::new([0u8; 32]);
+        hex::decode_to_slice(&seed, key.as_mut()).at("read", "attest.key")?;
         Ok(Self {
-            key: SigningKey::from_seed(&seed),
+            key: SigningKey::from_seed(&key),
             host: read("host_id")?.parse().at("read", "host_id")?,
         })
     }
@@ -96,45 +96,6 @@ impl Machine {
             .at("sign", "an attestation")?;
         Ok(signed.as_str().to_owned())
     }
-}
-
-/// What of the jail this kernel can't do.
-#[must_use]
-pub fn weakened(cgroup: &str) -> Vec<String> {
-    let mut weak = Vec::new();
-    // SAFETY: with no attribute and the version flag the call only returns a number.
-    let abi = unsafe {
-        libc::syscall(
-            libc::SYS_landlock_create_ruleset,
-            std::ptr::null::<u8>(),
-            0usize,
-            1u32,
-        )
-    };
-    if abi < 6 {
-        weak.push(format!("Landlock ABI {abi} (6 is needed): a VMM's signals and abstract sockets are kept in by namespaces only"));
-    }
-    if cgroup == "v1" {
-        weak.push("cgroup v1: no memory.min for disk processes".into());
-    }
-    let caps = rustix::thread::capabilities(None).map(|c| c.effective);
-    if !caps.is_ok_and(|c| c.contains(rustix::thread::CapabilitySet::SYS_RESOURCE)) {
-        weak.push(
-            "no CAP_SYS_RESOURCE: the out-of-memory killer may take a disk process first".into(),
-        );
-    }
-    weak
-}
-
-fn unhex(text: &str) -> Option<[u8; 32]> {
-    let mut out = [0u8; 32];
-    if text.len() != 64 || !text.is_ascii() {
-        return None;
-    }
-    for (i, byte) in out.iter_mut().enumerate() {
-        *byte = u8::from_str_radix(text.get(2 * i..2 * i + 2)?, 16).ok()?;
-    }
-    Some(out)
 }
 
 #[cfg(test)]

@@ -11,17 +11,17 @@
 //! is removed. Must never see a key: grants pass through sealed.
 
 use crate::fault::{At, Result, conflict, log};
-use crate::jail;
 use crate::layout::{open_beneath, remove, sync_dir_of};
-use crate::limits::{DISK_CLOSE_WAIT, HELLO_WAIT, KILL_WAIT, READY_WAIT};
-use crate::process::{Handle, readable};
+use crate::limits::{DISK_CLOSE_WAIT, HELLO_WAIT, READY_WAIT};
 use api::disk::{FromDisk, ToDisk};
 use api::limits::CHANNEL_MESSAGE_MAX_BYTES;
 use api::{Error, ErrorCode};
+use jail::channel;
+use jail::limits::{KILL_WAIT, MKFS_UID};
+use jail::process::{Handle, readable};
 use model::WorkspaceId;
-use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{FlockOperation, Gid, OFlags, Uid};
-use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
 use rustix::process::PidfdGetfdFlags;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -161,54 +161,6 @@ fn new_name(workspace: &WorkspaceId) -> String {
     format!("{workspace}.new")
 }
 
-/// A FUSE mount of one file that is attached nowhere.
-pub struct Mount {
-    /// The mount; closed, no path to the file is left.
-    pub mount: OwnedFd,
-    /// The server's connection.
-    pub server: OwnedFd,
-    /// Another, for the server to join to the same mount: a second queue.
-    pub second: OwnedFd,
-}
-
-/// Makes a mount whose file only `uid` (real, effective and saved) may open.
-///
-/// # Errors
-/// The step that failed.
-pub fn mount(uid: u32) -> Result<Mount> {
-    let open = || {
-        rustix::fs::open(
-            "/dev/fuse",
-            OFlags::RDWR | OFlags::CLOEXEC,
-            rustix::fs::Mode::empty(),
-        )
-    };
-    let server = open().at("open", "/dev/fuse")?;
-    let fs = rustix::mount::fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC).at("open", "fuse")?;
-    let id = uid.to_string();
-    for (key, value) in [
-        ("source", "casemate"),
-        ("fd", server.as_raw_fd().to_string().as_str()),
-        ("rootmode", "100000"),
-        ("user_id", &id),
-        ("group_id", &id),
-    ] {
-        rustix::mount::fsconfig_set_string(&fs, key, value).at("configure fuse", key)?;
-    }
-    rustix::mount::fsconfig_create(&fs).at("create", "a fuse mount")?;
-    let attrs = MountAttrFlags::MOUNT_ATTR_NOSUID
-        | MountAttrFlags::MOUNT_ATTR_NODEV
-        | MountAttrFlags::MOUNT_ATTR_NOEXEC;
-    let mount = rustix::mount::fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attrs)
-        .at("make", "a fuse mount")?;
-    let second = open().at("open", "/dev/fuse")?;
-    Ok(Mount {
-        mount,
-        server,
-        second,
-    })
-}
-
 /// A running disk process.
 pub struct Disk {
     /// The process.
@@ -242,10 +194,7 @@ impl Disk {
             FromDisk::Hello { hpke_pub } => {
                 crate::layout::check_digest_id("hpke_pub", &hpke_pub).map(|()| hpke_pub)
             }
-            FromDisk::Failed { code, message } => Err(failed(code, &message)),
-            FromDisk::Ready { .. } => Err(Error::internal(
-                "the disk process is ready before its grant",
-            )),
+            _ => Err(out_of_turn()),
         }
     }
 
@@ -262,8 +211,7 @@ impl Disk {
         self.send(&grant, &[])?;
         match self.receive(READY_WAIT)? {
             FromDisk::Ready { size_bytes } => Ok(size_bytes),
-            FromDisk::Failed { code, message } => Err(failed(code, &message)),
-            FromDisk::Hello { .. } => Err(Error::internal("the disk process says hello twice")),
+            _ => Err(out_of_turn()),
         }
     }
 
@@ -281,10 +229,8 @@ impl Disk {
             Duration::ZERO
         };
         if !self.handle.wait_gone(wait) && !self.handle.kill(KILL_WAIT) {
-            log(
-                "disk.stuck",
-                serde_json::json!({"pid": self.handle.proc.pid}),
-            );
+            let pid = self.handle.proc.pid;
+            log("disk.stuck", serde_json::json!({"pid": pid}));
         }
         self.file = None;
     }
@@ -294,35 +240,36 @@ impl Disk {
     /// # Errors
     /// The channel's.
     pub fn send(&self, message: &ToDisk, fds: &[BorrowedFd<'_>]) -> Result {
-        let control = self
-            .control
-            .as_ref()
-            .ok_or_else(|| Error::internal("the disk process has no channel"))?;
-        jail::send(control, message, fds).at("speak to", "the disk process")
+        channel::send(self.channel()?, message, fds).at("speak to", "the disk process")
     }
 
     fn receive(&self, wait: Duration) -> Result<FromDisk> {
-        let control = self
-            .control
-            .as_ref()
-            .ok_or_else(|| Error::internal("the disk process has no channel"))?;
-        if !readable(control.as_fd(), wait) {
-            return Err(Error::new(
-                ErrorCode::Timeout,
-                "the disk did not open in time; try again",
-            ));
+        let channel = self.channel()?.as_fd();
+        if !readable(channel, wait) {
+            let message = "the disk did not open in time; try again";
+            return Err(Error::new(ErrorCode::Timeout, message));
         }
-        let (bytes, _) = jail::recv(control.as_fd(), CHANNEL_MESSAGE_MAX_BYTES)
-            .at("hear", "the disk process")?;
+        let (bytes, _) =
+            channel::recv(channel, CHANNEL_MESSAGE_MAX_BYTES).at("hear", "the disk process")?;
         if bytes.is_empty() {
             return Err(Error::internal("the disk process died"));
         }
-        serde_json::from_slice(&bytes).at("understand", "the disk process")
+        match serde_json::from_slice(&bytes).at("understand", "the disk process")? {
+            FromDisk::Failed { code, message } => {
+                Err(Error::new(code, "the workspace's disk does not open").detail(message))
+            }
+            said => Ok(said),
+        }
+    }
+
+    fn channel(&self) -> Result<&OwnedFd> {
+        let channel = self.control.as_ref();
+        channel.ok_or_else(|| Error::internal("the disk process has no channel"))
     }
 }
 
-fn failed(code: ErrorCode, message: &str) -> Error {
-    Error::new(code, "the workspace's disk does not open").detail(message)
+fn out_of_turn() -> Error {
+    Error::internal("the disk process spoke out of turn")
 }
 
 /// The empty file system of `mb` MiB that new volumes are filled from, made once per size.
@@ -345,7 +292,7 @@ pub fn ext4_template(
     let temp = format!("{mb}.{}.tmp", rustix::thread::gettid().as_raw_nonzero());
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::TRUNC;
     let file = open_beneath(made, &temp, flags, 0o600).at("make", &temp)?;
-    let uid = crate::limits::MKFS_UID;
+    let uid = MKFS_UID;
     rustix::fs::fchown(&file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(uid)))
         .at("own", &temp)?;
     rustix::fs::ftruncate(&file, u64::from(mb) << 20).at("size", &temp)?;

@@ -1,21 +1,15 @@
-//! Errors of the operating system as the platform's: the operator reads the operation, the
-//! subject and the cause; the client reads the request id.
+//! What a request is answered when it can't be done.
 
 use api::{Error, ErrorCode};
-use std::fmt::Display;
+
+pub(crate) use jail::fault::{At, log};
 
 /// The result of everything in warden.
-pub type Result<T = ()> = std::result::Result<T, Error>;
+pub type Result<T = ()> = jail::fault::Result<T>;
 
-/// Names the operation and its subject.
-pub(crate) trait At<T> {
-    fn at(self, op: &str, subject: impl Display) -> Result<T>;
-}
-
-impl<T, E: Display> At<T> for std::result::Result<T, E> {
-    fn at(self, op: &str, subject: impl Display) -> Result<T> {
-        self.map_err(|e| Error::internal(format!("{op} {subject}: {e}")))
-    }
+/// Says what failed on a slot while it was being ended.
+pub(crate) fn failed(event: &str, slot: u16, why: impl serde::Serialize) {
+    log(event, serde_json::json!({"slot": slot, "error": why}));
 }
 
 /// A request that is wrong in itself.
@@ -40,12 +34,4 @@ pub(crate) fn artifact_missing(name: &str, why: &Error) -> Error {
         "this machine can't run workspaces now; its operator finds the reason with `casemate doctor`",
     )
     .detail(format!("artifact {name}: {why}: run `cargo xtask image`"))
-}
-
-/// One line for the operator's log; never holds a secret, for warden knows none but its own key.
-pub(crate) fn log(event: &str, fields: serde_json::Value) {
-    eprintln!(
-        "{}",
-        serde_json::json!({"proc": "warden", "event": event, "fields": fields})
-    );
 }

@@ -1,18 +1,14 @@
 //! `casemate-warden`: root behind a closed enum of requests.
 //!
-//! `init` makes the machine's key; `run` serves; `jail` is how warden starts what it jails, and is
-//! of no use to anybody else: it takes its orders from descriptor 0.
+//! `init` makes the machine's key; `run` serves.
 
 use anyhow::{Context as _, bail};
+use net::Network;
 use std::path::PathBuf;
-use warden::{Config, Layout, Network, Vmm, Warden};
+use warden::{Config, Layout, Vmm, Warden};
 
 fn main() -> anyhow::Result<()> {
-    let mut args = std::env::args().skip(1).peekable();
-    if args.peek().is_some_and(|a| a == "jail") {
-        std::process::exit(warden::jail::launcher_main());
-    }
-    start(args).map_err(|e| {
+    start(std::env::args().skip(1)).map_err(|e| {
         match e
             .downcast_ref::<api::Error>()
             .and_then(|e| e.detail.clone())
@@ -39,12 +35,14 @@ fn start(mut args: impl Iterator<Item = String>) -> anyhow::Result<()> {
         println!("{}", warden::Machine::init(&layout)?.trust());
         return Ok(());
     }
-    let network = warden::network_of(&layout)?;
+    let config = warden::layout::read_small(&layout.config())?;
+    let network = Network::from_config(&config.unwrap_or_default())
+        .with_context(|| format!("read {}", layout.config().display()))?;
     run(layout, network)
 }
 
 fn run(layout: Layout, network: Network) -> anyhow::Result<()> {
-    let stop = warden::signals()?;
+    let stop = jail::process::signals()?;
     let uids = warden::server::uids(&layout)?;
     let uid = |name: &str| {
         uids.get(name)
@@ -53,7 +51,7 @@ fn run(layout: Layout, network: Network) -> anyhow::Result<()> {
     };
     let host_uid = uid("host")?;
     layout.create()?;
-    let vmm = Vmm::probe(&layout)?;
+    let vmm = Vmm::probe(layout.root(), &layout.state())?;
     let programs = std::env::current_exe()?;
     let programs = programs
         .parent()
@@ -64,7 +62,6 @@ fn run(layout: Layout, network: Network) -> anyhow::Result<()> {
         network,
         edge_uid: uid("edge")?,
         host_uid,
-        launcher: "/proc/self/exe".into(),
         programs,
         vmm,
         fail_at: None,

@@ -21,12 +21,8 @@ use std::sync::{Arc, Mutex};
 pub fn uids(layout: &Layout) -> Result<BTreeMap<String, u32>> {
     let path = layout.run().join("uids.json");
     let text = read_small(&path)?;
-    let text = text.ok_or_else(|| {
-        Error::internal(format!(
-            "{} is missing; start with `casemate up`",
-            path.display()
-        ))
-    })?;
+    let missing = || format!("{} is missing; start with `casemate up`", path.display());
+    let text = text.ok_or_else(|| Error::internal(missing()))?;
     serde_json::from_str(&text).at("read", path.display())
 }
 
@@ -86,10 +82,8 @@ pub fn serve(
         }
         if connections.fetch_add(1, Ordering::AcqRel) >= CONNECTIONS_MAX {
             connections.fetch_sub(1, Ordering::AcqRel);
-            log(
-                "peer.refused",
-                serde_json::json!({"why": "too many connections"}),
-            );
+            let why = "too many connections";
+            log("peer.refused", serde_json::json!({"why": why}));
             continue;
         }
         let (warden, busy) = (Arc::clone(warden), Arc::clone(&busy));
@@ -145,23 +139,15 @@ fn converse(
             }
         };
         if request.v != VERSION {
-            let message = format!(
-                "protocol version {} is not spoken here; upgrade both sides",
-                request.v
-            );
-            reply(
-                &writer,
-                request.id,
-                Err(Error::new(ErrorCode::BadRequest, message)),
-            )?;
+            let (v, why) = (request.v, "is not spoken here; upgrade both sides");
+            let refused = Error::new(ErrorCode::BadRequest, format!("protocol version {v} {why}"));
+            reply(&writer, request.id, Err(refused))?;
             continue;
         }
         let leave = Leave(Arc::clone(busy));
         if busy.fetch_add(1, Ordering::AcqRel) >= IN_FLIGHT_MAX {
-            let busy = Error::new(
-                ErrorCode::RateLimited,
-                "too many requests at once; try again",
-            );
+            let why = "too many requests at once; try again";
+            let busy = Error::new(ErrorCode::RateLimited, why);
             reply(&writer, request.id, Err(busy))?;
             continue;
         }

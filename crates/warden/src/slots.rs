@@ -18,23 +18,25 @@ mod attach;
 mod sweep;
 
 use crate::attest::Machine;
-use crate::cgroup::Cgroups;
 use crate::diskproc::{Disk, Disks};
-use crate::fault::{At, Result, artifact_missing, conflict, invalid, log, missing};
+use crate::fault::{At, Result, artifact_missing, conflict, failed, invalid, log, missing};
 use crate::journal::{Journal, Record, Step};
 use crate::layout::{Digests, Layout, check_digest_id, open_beneath, remove};
-use crate::limits::{KILL_WAIT, OPEN_MAX, STDERR_MAX_BYTES, VMM_UID};
-use crate::net::{self, Network};
-use crate::nft::Nft;
-use crate::plans::{self, VmmParts};
-use crate::process::{self, Handle, Proc};
+use crate::limits::OPEN_MAX;
 use crate::templates::{Parts, Templates};
-use crate::vm::{self, Vmm};
+use crate::vm;
 use crate::watch::Watch;
 use api::Error;
 use api::warden::{Counters, Op, Open, Slot as View, Source, Start, Status, VmOpened};
+use jail::ask::Kind;
+use jail::cgroup::Cgroups;
+use jail::limits::{KILL_WAIT, VMM_UID};
+use jail::plan;
+use jail::process::{self, Handle, Launcher, Proc};
+use jail::vmm::Vmm;
 use model::WorkspaceId;
 use model::limits as bounds;
+use net::Network;
 use rustix::fd::OwnedFd;
 use rustix::fs::OFlags;
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -49,9 +51,7 @@ pub struct Config {
     pub network: Network,
     /// The uid whose connections may reach guests.
     pub edge_uid: u32,
-    /// This program, for `jail`.
-    pub launcher: PathBuf,
-    /// Where casemate-disk and casemate-vmctl are.
+    /// Where casemate-jail, casemate-net, casemate-disk and casemate-vmctl are.
     pub programs: PathBuf,
     /// The driver of the VMM.
     pub vmm: Vmm,
@@ -70,7 +70,8 @@ pub struct Warden {
     templates: Templates,
     digests: Digests,
     cgroups: Cgroups,
-    nft: Mutex<Nft>,
+    launcher: Launcher,
+    net: Mutex<net::Client>,
     slots: Mutex<HashMap<u16, Arc<Mutex<Option<Slot>>>>>,
     views: Mutex<BTreeMap<u16, View>>,
     /// Workspaces whose disk is on a slot, or on its way.
@@ -97,14 +98,24 @@ impl Warden {
         layout.create()?;
         let machine = Machine::load(&layout)?;
         let state = layout.state();
-        let nft = Mutex::new(Nft::open(config.network, config.edge_uid)?);
+        let launcher = Launcher {
+            program: config.programs.join("casemate-jail"),
+            root: layout.root().into(),
+        };
+        let net = net::Client::new(
+            launcher.clone(),
+            config.programs.join("casemate-net"),
+            config.network,
+            config.edge_uid,
+        );
         let warden = Arc::new(Self {
             journal: Journal::new(state.join("slots")),
             disks: Disks::new(state.join("disks")),
             templates: Templates::new(&state, machine.key.clone()),
             digests: Digests::default(),
             cgroups: Cgroups::open(&layout.instance())?,
-            nft,
+            launcher,
+            net: Mutex::new(net),
             slots: Mutex::default(),
             views: Mutex::default(),
             in_use: Mutex::default(),
@@ -146,16 +157,10 @@ impl Warden {
                 ops_per_s,
                 ..
             } => {
-                let ask = attach::DiskAsk {
-                    workspace,
-                    start_id,
-                    purpose,
-                    nonce,
-                    disk_mb,
-                    bytes_per_s,
-                    ops_per_s,
-                };
-                json(serde_json::to_value(self.disk_open(slot, ask)?))
+                let (whose, key) = ((workspace, start_id), (purpose, nonce));
+                let volume = (disk_mb, bytes_per_s, ops_per_s);
+                let opened = self.disk_open(slot, whose, key, volume)?;
+                json(serde_json::to_value(opened))
             }
             Op::DiskGrant { slot, sealed, aad } => {
                 self.disk_grant(slot, sealed, aad).map(Into::into)
@@ -172,10 +177,7 @@ impl Warden {
         let slots: Vec<u16> = lock(&self.slots).keys().copied().collect();
         for slot in slots {
             if let Err(e) = self.slot_close(slot) {
-                log(
-                    "close.failed",
-                    serde_json::json!({"slot": slot, "error": e}),
-                );
+                failed("close.failed", slot, e);
             }
         }
         self.cgroups.forget();
@@ -197,8 +199,16 @@ impl Warden {
                 .filter(ours)
                 .map(|p| (p.image, p.memory_mb, p.cpus))
                 .collect(),
-            weakened: crate::attest::weakened(self.cgroups.version()),
+            weakened: self.weakened(),
         }
+    }
+
+    fn weakened(&self) -> Vec<String> {
+        let mut weak = jail::weakened();
+        if self.cgroups.version() == "v1" {
+            weak.push("cgroup v1: no memory.min for disk processes".into());
+        }
+        weak
     }
 
     fn vm_open(
@@ -245,7 +255,7 @@ impl Warden {
                 if let Some(disk) = &opened.disk {
                     self.watch.add(slot, &disk.handle)?;
                 }
-                Ok(self.net_of(slot))
+                Ok(self.config.network.of(slot))
             }
             Err(e) => {
                 self.clear(&record)?;
@@ -256,69 +266,59 @@ impl Warden {
 
     fn vm_open_steps(&self, mut record: Record) -> Result<Slot> {
         let slot = record.slot;
+        let (how, memory_mb, cpus) = (record.how, record.memory_mb, record.cpus);
         // All that can be missing is looked for before anything is made.
         let image = self.image(&record.image)?;
-        let parts = self.parts(&record.image, record.memory_mb, record.cpus)?;
-        let artifact = |name: &str| {
-            open_beneath(&self.config.layout.artifacts(), name, OFlags::RDONLY, 0)
-                .at("open artifact", name)
-                .map_err(|e| artifact_missing(name, &e))
+        let parts = self.parts(&record.image, memory_mb, cpus)?;
+        let boot = match how {
+            Start::Template => vec![],
+            Start::Cold | Start::Build => {
+                vec![
+                    self.artifact(plan::KERNEL)?,
+                    self.artifact(plan::INITRAMFS)?,
+                ]
+            }
         };
-        let boot = match record.how {
-            Start::Template => None,
-            Start::Cold | Start::Build => Some((artifact(vm::KERNEL)?, artifact(vm::INITRAMFS)?)),
-        };
-        let vmctl_exe = plans::executable(&self.config.programs, "casemate-vmctl")?;
+        let vmctl_exe = self.program("casemate-vmctl")?;
         self.step(&mut record, Step::Begin)?;
-        let files = match record.how {
+        let files = match how {
             Start::Cold => None,
             Start::Template => Some(self.templates.open(&parts)?),
-            Start::Build => Some(self.templates.build(
-                slot,
-                VMM_UID + u32::from(slot),
-                record.memory_mb,
-            )?),
+            Start::Build => {
+                let uid = VMM_UID + u32::from(slot);
+                Some(self.templates.build(slot, uid, memory_mb)?)
+            }
         };
         self.step(&mut record, Step::Net)?;
-        let group = vm_group(slot);
-        let translator_mb = self.config.vmm.translator_mb();
-        self.cgroups.create(
-            &group,
-            plans::vm_bounds(record.memory_mb, record.cpus, translator_mb),
-        )?;
-        let tap = net::tap_create(self.config.network, slot)?;
-        lock(&self.nft).slot_add(slot)?;
+        let (group, translator_mb) = (vm_group(slot), self.config.vmm.translator_mb());
+        let bounds = plan::vm_bounds(memory_mb, cpus, translator_mb);
+        self.cgroups.create(&group, bounds)?;
+        let doors = self.cgroups.doors(&group)?;
+        let tap = lock(&self.net).tap(slot)?;
 
-        let ends = vm::Ends::new(&self.config.layout, slot, tap, files.as_ref())?;
-        let launch = vm::launch(&self.config.vmm, &record, self.config.host_uid);
-        let (stderr, stderr_w) = bounded_pipe()?;
-        let vmm = plans::vmm(
-            &self.config.layout,
-            vm::PROGRAM,
-            VmmParts {
-                slot,
-                memory_mb: record.memory_mb,
-                cpus: record.cpus,
-                argv: launch.vmm_argv,
-                image,
-                boot,
-                memory: files.map(|f| (f.memory, record.how == Start::Build)),
-                pass: ends.vmm,
-                stderr: stderr_w,
-                kvm: self.config.vmm.kvm,
-            },
-            self.cgroups.dirs(&group),
-        )?;
-        let vmctl = plans::vmctl(
-            &self.config.layout,
+        let ends = vm::Ends::new(&self.config.layout, slot)?;
+        let (stderr, stderr_w) = process::words()?;
+        let kind = Kind::Vmm {
             slot,
-            vmctl_exe,
-            launch.vmctl_argv,
-            ends.vmctl,
-            self.cgroups.dirs(&group),
-        )?;
-        let vmm = process::spawn(&self.config.launcher, "the VMM", &vmm.plan, &vmm.fds())?;
-        let vmctl = process::spawn(&self.config.launcher, "vmctl", &vmctl.plan, &vmctl.fds())?;
+            how,
+            memory_mb,
+            cpus,
+            kvm: self.config.vmm.kvm,
+        };
+        let mut given = vec![image, stderr_w];
+        given.extend(ends.vmm);
+        given.push(tap);
+        given.extend(boot);
+        given.extend(files.into_iter().flat_map(|f| [f.memory, f.state]));
+        let vmm = self.launcher.spawn(kind, &doors, &given)?;
+        let kind = Kind::Vmctl {
+            slot,
+            how,
+            host_uid: self.config.host_uid,
+        };
+        let given: Vec<OwnedFd> = std::iter::once(vmctl_exe).chain(ends.vmctl).collect();
+        let vmctl = self.launcher.spawn(kind, &doors, &given)?;
+        drop(given);
         // A build never gets a disk.
         let disk = match record.how {
             Start::Build => None,
@@ -327,8 +327,8 @@ impl Warden {
         record.vmm = Some(vmm.handle.proc);
         record.vmctl = Some(vmctl.handle.proc);
         self.step(&mut record, Step::Jailed)?;
-        let vmm = vmm.go("the VMM")?;
-        let vmctl = vmctl.go("vmctl")?;
+        let vmm = vmm.go()?;
+        let vmctl = vmctl.go()?;
         let disk = disk
             .map(|waiting| self.disk_serve(&mut record, waiting))
             .transpose()?;
@@ -345,9 +345,7 @@ impl Warden {
     fn template_seal(&self, slot: u16) -> Result<bool> {
         let cell = self.cell(slot);
         let mut held = lock(&cell);
-        let s = held
-            .as_mut()
-            .ok_or_else(|| missing(format!("slot {slot} is empty")))?;
+        let s = occupied(slot, &mut held)?;
         if s.record.how != Start::Build {
             return Err(conflict(format!("slot {slot} is no build")));
         }
@@ -371,9 +369,8 @@ impl Warden {
 
     fn net_set(&self, slot: u16, open: Vec<Open>) -> Result<bool> {
         if open.len() > OPEN_MAX {
-            return Err(invalid(format!(
-                "open must have at most {OPEN_MAX} entries"
-            )));
+            let why = format!("open must have at most {OPEN_MAX} entries");
+            return Err(invalid(why));
         }
         for o in &open {
             match o.source {
@@ -387,21 +384,12 @@ impl Warden {
         }
         let cell = self.cell(slot);
         let mut held = lock(&cell);
-        let s = held
-            .as_mut()
-            .ok_or_else(|| missing(format!("slot {slot} is empty")))?;
+        let s = occupied(slot, &mut held)?;
         // Of the entry and the firewall the entry comes first: a restart builds the one from the
         // other, so that what was asked to close stays closed.
-        let old = std::mem::replace(&mut s.record.open, open);
+        s.record.open = open;
         self.journal.write(&s.record)?;
-        for o in &s.record.open {
-            if let Source::Slot(from) = o.source {
-                for tap in [from, slot] {
-                    net::tap_forward(tap, true)?;
-                }
-            }
-        }
-        lock(&self.nft).open_set(slot, &old, &s.record.open)?;
+        lock(&self.net).open(slot, &s.record.open)?;
         Ok(true)
     }
 
@@ -413,7 +401,7 @@ impl Warden {
             return Ok(true);
         };
         // Closed to the network before anything else, and whatever else fails.
-        let cut = lock(&self.nft).slot_remove(slot, &s.record.open);
+        let cut = lock(&self.net).remove(slot);
         let journal = self.step(&mut s.record, Step::Close);
         self.end(s);
         let _ = s.vmctl.kill(KILL_WAIT);
@@ -426,8 +414,8 @@ impl Warden {
     fn counters(&self, slot: u16) -> Result<Counters> {
         let view = lock(&self.views).get(&slot).cloned();
         let view = view.ok_or_else(|| missing(format!("slot {slot} is empty")))?;
-        let (in_dropped_packets, out_dropped_packets) = lock(&self.nft).dropped(slot)?;
-        let (out_packets, in_packets) = net::tap_packets(slot);
+        let (in_dropped_packets, out_dropped_packets) = lock(&self.net).dropped(slot)?;
+        let (out_packets, in_packets) = net::tap::packets(slot);
         let (cpu_ns, memory_bytes) = self.cgroups.usage(&vm_group(slot));
         let disk_bytes = view.workspace.as_ref().map_or(0, |w| self.disks.bytes(w));
         Ok(Counters {
@@ -453,13 +441,14 @@ impl Warden {
             // Of an earlier tenant of the slot.
             _ => return,
         };
-        let said = s.stderr.as_ref().filter(|_| which == "vmm").map(drain);
-        log(
-            "process.gone",
-            serde_json::json!({
-                "slot": slot, "which": which, "pid": proc.pid, "status": status, "said": said,
-            }),
-        );
+        let said = s
+            .stderr
+            .as_ref()
+            .filter(|_| which == "vmm")
+            .map(process::last_words);
+        let pid = proc.pid;
+        let about = serde_json::json!({"slot": slot, "which": which, "pid": pid, "status": status, "said": said});
+        log("process.gone", about);
         // vmctl stays, to say why, until the slot is closed.
         self.fail(s);
     }
@@ -468,10 +457,7 @@ impl Warden {
     fn fail(&self, s: &mut Slot) {
         s.record.dead = true;
         if let Err(e) = self.publish(&s.record) {
-            log(
-                "journal.failed",
-                serde_json::json!({"slot": s.record.slot, "error": e}),
-            );
+            failed("journal.failed", s.record.slot, e);
         }
         self.end(s);
     }
@@ -485,17 +471,11 @@ impl Warden {
             if let Some(workspace) = &s.record.workspace
                 && let Err(e) = self.disks.rest(workspace)
             {
-                log(
-                    "disk.rest",
-                    serde_json::json!({"slot": s.record.slot, "error": e}),
-                );
+                failed("disk.rest", s.record.slot, e);
             }
         }
         if !gone && !s.vmm.kill(KILL_WAIT) {
-            log(
-                "vmm.stuck",
-                serde_json::json!({"slot": s.record.slot, "pid": s.vmm.proc.pid}),
-            );
+            failed("vmm.stuck", s.record.slot, s.vmm.proc.pid);
         }
     }
 
@@ -504,7 +484,7 @@ impl Warden {
         let slot = record.slot;
         lock(&self.views).remove(&slot);
         let groups = self.cgroups.remove(&vm_group(slot)) & self.cgroups.remove(&disk_group(slot));
-        let nft = lock(&self.nft).slot_remove(slot, &record.open);
+        let cut = lock(&self.net).remove(slot);
         for name in [format!("{slot}.sock"), format!("{slot}.warden.sock")] {
             remove(&self.config.layout.vmctl().join(name))?;
         }
@@ -515,11 +495,10 @@ impl Warden {
             }
             lock(&self.in_use).remove(workspace);
         }
-        nft?;
+        cut?;
         if !groups {
-            return Err(Error::internal(format!(
-                "a process of slot {slot} can't be killed; the slot stays closed"
-            )));
+            let why = format!("a process of slot {slot} can't be killed; the slot stays closed");
+            return Err(Error::internal(why));
         }
         self.journal.remove(slot)
     }
@@ -538,7 +517,7 @@ impl Warden {
     fn publish(&self, record: &Record) -> Result {
         self.journal.write(record)?;
         if record.step >= Step::Open
-            && let Some(view) = record.view(self.net_of(record.slot))
+            && let Some(view) = record.view(self.config.network.of(record.slot))
         {
             lock(&self.views).insert(record.slot, view);
         }
@@ -557,33 +536,30 @@ impl Warden {
         )))
     }
 
+    fn artifact(&self, name: &str) -> Result<OwnedFd> {
+        open_beneath(&self.config.layout.artifacts(), name, OFlags::RDONLY, 0)
+            .at("open artifact", name)
+            .map_err(|e| artifact_missing(name, &e))
+    }
+
+    /// An executable of our own, for measuring and running.
+    fn program(&self, name: &str) -> Result<OwnedFd> {
+        open_beneath(&self.config.programs, name, OFlags::RDONLY, 0).at("open", name)
+    }
+
     /// What a template of these would be a template of.
     fn parts(&self, image: &str, memory_mb: u32, cpus: u32) -> Result<Parts> {
-        let digest = |name: &str| {
-            let fd = open_beneath(&self.config.layout.artifacts(), name, OFlags::RDONLY, 0)
-                .at("open artifact", name)
-                .map_err(|e| artifact_missing(name, &e))?;
-            self.digests.of(&fd, name)
-        };
+        let digest = |name: &str| self.digests.of(self.artifact(name)?, name);
+        let machine = plan::vmm_argv(Start::Template, memory_mb, cpus, self.config.vmm.kvm);
         Ok(Parts {
-            vmm: digest(&format!("closure{}", vm::PROGRAM))?,
-            machine: self.config.vmm.machine(memory_mb, cpus),
-            kernel: digest(vm::KERNEL)?,
-            initramfs: digest(vm::INITRAMFS)?,
+            vmm: digest(&format!("closure{}", plan::VMM))?,
+            machine: hex::encode(seal::hash::sha256(machine.join("\0").as_bytes())),
+            kernel: digest(plan::KERNEL)?,
+            initramfs: digest(plan::INITRAMFS)?,
             image: image.into(),
             memory_mb,
             cpus,
         })
-    }
-
-    fn net_of(&self, slot: u16) -> VmOpened {
-        let network = self.config.network;
-        VmOpened {
-            ip: network.guest(slot).to_string(),
-            prefix: Network::PREFIX,
-            gateway: network.gateway().to_string(),
-            mac: net::mac_text(net::mac(network.guest(slot))),
-        }
     }
 
     fn cell(&self, slot: u16) -> Arc<Mutex<Option<Slot>>> {
@@ -593,6 +569,12 @@ impl Warden {
     pub(crate) fn watch(&self) -> &Arc<Watch> {
         &self.watch
     }
+}
+
+/// What is on the slot.
+fn occupied(slot: u16, held: &mut Option<Slot>) -> Result<&mut Slot> {
+    held.as_mut()
+        .ok_or_else(|| missing(format!("slot {slot} is empty")))
 }
 
 fn check_slot(slot: u16) -> Result {
@@ -616,22 +598,6 @@ fn vm_group(slot: u16) -> String {
 
 fn disk_group(slot: u16) -> String {
     format!("disk-{slot}")
-}
-
-/// A pipe that neither end waits on: what does not fit is lost, so a VMM can fill nothing.
-fn bounded_pipe() -> Result<(OwnedFd, OwnedFd)> {
-    use rustix::pipe::PipeFlags;
-    rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).at("make", "a pipe")
-}
-
-/// What is in the pipe, as text that can't harm a terminal.
-fn drain(pipe: &OwnedFd) -> String {
-    let mut buffer = vec![0u8; STDERR_MAX_BYTES];
-    let n = rustix::io::read(pipe, &mut buffer).unwrap_or(0);
-    String::from_utf8_lossy(&buffer[..n])
-        .chars()
-        .map(|c| if c.is_control() { ' ' } else { c })
-        .collect()
 }
 
 pub(crate) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -5,10 +5,10 @@
 //! under such a manifest, to the byte, is never restored.
 
 use crate::fault::{At, Result, conflict, missing};
-use crate::layout::{Digests, hex, open_beneath, read_small, remove, sync_dir_of, write_small};
-use crate::limits::STATE_MAX_BYTES;
+use crate::layout::{Digests, open_beneath, read_small, remove, sync_dir_of, write_small};
 use api::warden::ImageId;
 use api::{Error, context};
+use jail::limits::STATE_MAX_BYTES;
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{Gid, Mode, OFlags, Uid};
 use seal::sign::{Signed, SigningKey, VerifyingKey};
@@ -38,7 +38,7 @@ pub struct Parts {
 impl Parts {
     fn name(&self) -> Result<String> {
         let bytes = serde_json::to_vec(self).at("name", "a template")?;
-        Ok(hex(&seal::hash::sha256(&bytes)))
+        Ok(hex::encode(seal::hash::sha256(&bytes)))
     }
 }
 
@@ -133,9 +133,8 @@ impl Templates {
             || manifest.state.bytes > STATE_MAX_BYTES
             || manifest.memory.bytes != whole
         {
-            return Err(conflict(
-                "the build VM has not saved itself; ask vmctl to `save` first",
-            ));
+            let why = "the build VM has not saved itself; ask vmctl to `save` first";
+            return Err(conflict(why));
         }
         let signed = Signed::new(&self.key, context::TEMPLATE, &manifest);
         write_small(&dir.join("manifest"), signed.as_str(), 0o444, true)?;
@@ -158,10 +157,8 @@ impl Templates {
         })?;
         let manifest = self.manifest(&text)?;
         if manifest.parts != *parts {
-            return Err(Error::internal(format!(
-                "{}: the manifest is of another template",
-                dir.display()
-            )));
+            let why = format!("{}: the manifest is of another template", dir.display());
+            return Err(Error::internal(why));
         }
         let check = |name: &str, want: &Measured| -> Result<OwnedFd> {
             let fd = open_beneath(&dir, name, OFlags::RDONLY, 0).at("open template file", name)?;

@@ -1,8 +1,8 @@
 //! Watches every process of every slot by pidfd, and reaps it.
 
 use crate::fault::{At, Result};
-use crate::process::{Handle, Proc};
 use crate::slots::{Warden, lock};
+use jail::process::{Handle, Proc};
 use rustix::event::{EventfdFlags, PollFd, PollFlags};
 use rustix::fd::{AsFd as _, OwnedFd};
 use std::sync::{Arc, Mutex, Weak};

@@ -181,7 +181,7 @@ fn a_call_outside_the_list_kills_the_vmm() {
         }
         w.answer(world.vm_open(0, Start::Cold)).unwrap();
         let mut vmm = world.probe(0);
-        for (call, _) in warden::seccomp::ABSENT {
+        for (call, _) in jail::seccomp::ABSENT {
             assert_eq!(
                 vmm.ask(&format!("call {call} 0 0 0")),
                 format!("-1 {}", libc::ENOSYS)
@@ -311,7 +311,7 @@ fn a_death_marks_the_slot_and_ends_the_rest() {
             });
             for other in [slot.vmm_pid, slot.disk_pid.unwrap()] {
                 until("the others are gone", || {
-                    warden::process::Proc::of(other).is_none()
+                    jail::process::Proc::of(other).is_none()
                 });
             }
             assert!(w.answer(disk_open(7)).is_err());

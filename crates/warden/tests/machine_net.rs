@@ -5,14 +5,17 @@
 mod world;
 
 use api::warden::{Open, Source};
+use jail::process::Launcher;
+use net::network::{mac, mac_text};
+use net::nft::Nft;
+use net::tap::{create as tap_create, forward as tap_forward};
 use rustix::fd::{AsRawFd, OwnedFd};
+use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::process::Command;
 use std::sync::mpsc::{Sender, channel};
 use std::time::Duration;
-use warden::net::{mac, mac_text, tap_create, tap_forward};
-use warden::nft::Nft;
 use world::*;
 
 /// How long "no answer" is waited for: everything here is one machine's memory.
@@ -22,7 +25,7 @@ const SILENCE: Duration = Duration::from_millis(400);
 fn i13_nothing_passes_but_an_open_triple() {
     in_netns(|| {
         let mut nft = Nft::open(network(), EDGE_UID).unwrap();
-        nft.rebuild(&[]).unwrap();
+        nft.rebuild([]).unwrap();
         let guest = Guest::new(&mut nft, 3);
         let to = SocketAddr::new(guest.ip.into(), 9991);
         guest.serve(9991);
@@ -64,9 +67,9 @@ fn i13_nothing_passes_but_an_open_triple() {
         live.read_exact(&mut echo).unwrap();
 
         // A rebuild, as after a restart, keeps what it is told and nothing else.
-        nft.rebuild(&[(3, vec![])]).unwrap();
+        nft.rebuild([(3, &[][..])]).unwrap();
         assert!(!dial(EDGE_UID, to));
-        nft.rebuild(&[(3, vec![edge(9991)])]).unwrap();
+        nft.rebuild([(3, &[edge(9991)][..])]).unwrap();
         assert!(dial(EDGE_UID, to));
         nft.slot_remove(3, &[edge(9991)]).unwrap();
         nft.slot_remove(3, &[edge(9991)]).unwrap();
@@ -78,7 +81,7 @@ fn i13_nothing_passes_but_an_open_triple() {
 fn a_guest_reaches_nobody_by_itself_or_under_another_name() {
     in_netns(|| {
         let mut nft = Nft::open(network(), EDGE_UID).unwrap();
-        nft.rebuild(&[]).unwrap();
+        nft.rebuild([]).unwrap();
         let (one, two) = (Guest::new(&mut nft, 1), Guest::new(&mut nft, 2));
         nft.open_set(1, &[], &[edge(9991)]).unwrap();
         two.serve(80);
@@ -135,7 +138,7 @@ fn a_guest_reaches_nobody_by_itself_or_under_another_name() {
 fn guests_meet_by_a_triple_of_theirs_alone() {
     in_netns(|| {
         let mut nft = Nft::open(network(), EDGE_UID).unwrap();
-        nft.rebuild(&[]).unwrap();
+        nft.rebuild([]).unwrap();
         let (one, two) = (Guest::new(&mut nft, 1), Guest::new(&mut nft, 2));
         for guest in [&one, &two] {
             guest.serve(9990);
@@ -159,6 +162,56 @@ fn guests_meet_by_a_triple_of_theirs_alone() {
         assert!(!reach(&two, &one, 9990), "the other way");
         nft.open_set(2, &link, &[]).unwrap();
         assert!(!reach(&one, &two, 9990));
+    });
+}
+
+#[test]
+fn a_casemate_net_that_dies_is_replaced_and_the_rules_stay() {
+    in_netns(|| {
+        let world = World::new();
+        let programs = world.dir.join("programs");
+        let launcher = Launcher {
+            program: programs.join("casemate-jail"),
+            root: world.dir.clone(),
+        };
+        let program = programs.join("casemate-net");
+        let mut net = net::Client::new(launcher, program, network(), EDGE_UID);
+        net.stands(BTreeMap::new()).unwrap();
+        let tap = net.tap(3).unwrap();
+        net.open(3, &[edge(9991)]).unwrap();
+        let pid = net.pid().unwrap();
+        let facts = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        for fact in [
+            "Uid:\t929998\t929998\t929998\t929998",
+            "Gid:\t929998\t929998\t929998\t929998",
+            "Groups:\t \n",
+            // CAP_NET_ADMIN, and no other.
+            "CapPrm:\t0000000000001000",
+            "CapEff:\t0000000000001000",
+            "CapBnd:\t0000000000001000",
+            "NoNewPrivs:\t1",
+        ] {
+            assert!(facts.contains(fact), "{fact:?} in {facts}");
+        }
+        let proc = jail::process::Proc::of(pid).unwrap();
+        assert!(proc.handle().unwrap().kill(SOON));
+        let stands = |port: &str| nft_elements().iter().any(|e| e.contains(port));
+        assert!(stands("9991"), "the rules are the kernel's");
+        // The next request starts another, which knows what stood.
+        net.tap(3).unwrap_err();
+        assert_ne!(net.pid().unwrap(), pid);
+        assert!(stands("9991"));
+        net.open(3, &[edge(80)]).unwrap();
+        assert!(stands(". 80 ") && !stands("9991"), "{:?}", nft_elements());
+        assert_eq!(net.dropped(3).unwrap(), (0, 0));
+        // With its warden it ends; the rules stay for the next one.
+        let last = jail::process::Proc::of(net.pid().unwrap()).unwrap();
+        drop(net);
+        assert!(last.handle().is_none());
+        assert!(stands(". 80 "));
+        drop(tap);
+        Nft::open(network(), EDGE_UID).unwrap().rebuild([]).unwrap();
+        assert_eq!(nft_elements(), Vec::<String>::new());
     });
 }
 
@@ -234,7 +287,7 @@ fn wire(a: OwnedFd, b: OwnedFd) {
         std::thread::spawn(move || {
             let mut frame = vec![0u8; 70_000];
             loop {
-                while !warden::process::readable(rustix::fd::AsFd::as_fd(&from), SOON) {}
+                while !jail::process::readable(rustix::fd::AsFd::as_fd(&from), SOON) {}
                 match rustix::io::read(&from, &mut frame) {
                     Ok(n) => drop(rustix::io::write(&to, &frame[..n])),
                     Err(rustix::io::Errno::AGAIN) => {}

@@ -81,7 +81,7 @@ fn a_workspace_from_template_to_teardown() {
             ask::<vmctl::Status>(&world, slot, &vmctl::Op::Shutdown { grace_ms: 30_000 });
             let disk = slots[0].disk_pid.unwrap();
             until("the disk ends with its VMM", || {
-                warden::process::Proc::of(disk).is_none()
+                jail::process::Proc::of(disk).is_none()
             });
             w.answer(Op::SlotClose { slot }).unwrap();
             world.assert_clean();

@@ -1,31 +1,23 @@
 //! The disk of a slot: from a VM that waits for one to a volume that its guest has.
 
-use super::{Slot, Warden, check_range, disk_group, lock};
+use super::{Slot, Warden, check_range, disk_group, lock, occupied};
 use crate::diskproc::{self, Backing, Disk};
-use crate::fault::{At, Result, conflict, invalid, missing};
+use crate::fault::{At, Result, conflict, invalid};
 use crate::journal::{Record, Step};
 use crate::layout::check_digest_id;
-use crate::limits::{DISK_UID, KILL_WAIT, MKFS_WAIT, SEALED_MAX_BYTES, VMM_UID};
-use crate::process::Waiting;
-use crate::{plans, process, vm};
+use crate::limits::{MKFS_WAIT, SEALED_MAX_BYTES};
+use crate::vm;
 use api::Error;
 use api::disk::ToDisk;
 use api::vmctl::WardenOp;
 use api::warden::{DiskOpened, Start};
+use jail::ask::Kind;
+use jail::limits::{DISK_UID, KILL_WAIT, VMM_UID};
+use jail::process::{self, Waiting};
+use jail::{channel, mount, plan};
 use model::limits as bounds;
 use model::{Purpose, StartId, WorkspaceId};
 use rustix::fd::{AsFd, OwnedFd};
-
-/// The fields of [`Op::DiskOpen`].
-pub(super) struct DiskAsk {
-    pub(super) workspace: WorkspaceId,
-    pub(super) start_id: StartId,
-    pub(super) purpose: Purpose,
-    pub(super) nonce: String,
-    pub(super) disk_mb: u32,
-    pub(super) bytes_per_s: u64,
-    pub(super) ops_per_s: u64,
-}
 
 /// A disk process that waits in its jail.
 pub(super) struct Spawned {
@@ -35,52 +27,58 @@ pub(super) struct Spawned {
 }
 
 impl Warden {
-    pub(super) fn disk_open(&self, slot: u16, ask: DiskAsk) -> Result<DiskOpened> {
-        check_range("disk_mb", ask.disk_mb, &bounds::DISK_MB)?;
-        check_digest_id("nonce", &ask.nonce)?;
+    pub(super) fn disk_open(
+        &self,
+        slot: u16,
+        (workspace, start_id): (WorkspaceId, StartId),
+        (purpose, nonce): (Purpose, String),
+        volume: (u32, u64, u64),
+    ) -> Result<DiskOpened> {
+        check_range("disk_mb", volume.0, &bounds::DISK_MB)?;
+        check_digest_id("nonce", &nonce)?;
         let cell = self.cell(slot);
         let mut held = lock(&cell);
-        let s = held
-            .as_mut()
-            .ok_or_else(|| missing(format!("slot {slot} is empty")))?;
+        let s = occupied(slot, &mut held)?;
         if s.record.step != Step::Open || s.record.dead || s.record.how == Start::Build {
-            return Err(conflict(format!(
-                "slot {slot} holds no VM that waits for a disk"
-            )));
+            let why = format!("slot {slot} holds no VM that waits for a disk");
+            return Err(conflict(why));
         }
-        if !lock(&self.in_use).insert(ask.workspace.clone()) {
+        if !lock(&self.in_use).insert(workspace.clone()) {
             return Err(conflict("the workspace's disk is in use; stop it first"));
         }
-        s.record.workspace = Some(ask.workspace.clone());
-        s.record.start_id = Some(ask.start_id.clone());
-        let opened = self.disk_open_steps(s, ask);
-        if opened.is_err() {
+        s.record.workspace = Some(workspace.clone());
+        s.record.start_id = Some(start_id.clone());
+        let waits = self.disk_open_steps(s, &workspace, volume).and_then(|()| {
+            let hpke_pub = s.record.hpke_pub.clone().ok_or_else(gone)?;
+            let runs = s.record.measurement.clone().ok_or_else(gone)?;
+            self.machine
+                .attest(&workspace, &start_id, purpose, nonce, hpke_pub, runs)
+        });
+        if waits.is_err() {
             self.fail(s);
         }
-        opened
+        Ok(DiskOpened {
+            attestation: waits?,
+            fresh: s.record.fresh,
+        })
     }
 
     /// What of a slot's disk needs no workspace: its group, its mount, its process.
     pub(super) fn disk_spawn(&self, record: &mut Record) -> Result<Spawned> {
         let slot = record.slot;
-        let exe = plans::executable(&self.config.programs, "casemate-disk")?;
+        let exe = self.program("casemate-disk")?;
         record.measurement = Some(self.digests.of(&exe, "casemate-disk")?);
         let group = disk_group(slot);
-        self.cgroups.create(&group, plans::disk_bounds())?;
-        let mount = diskproc::mount(VMM_UID + u32::from(slot))?;
-        let (control, theirs) = seqpacket()?;
-        let channel = control.try_clone().at("keep the channel of slot", slot)?;
-        let jail = plans::disk(
-            &self.config.layout,
-            slot,
-            exe,
-            channel,
-            vec![theirs, mount.server, mount.second],
-            self.cgroups.dirs(&group),
-        )?;
-        let waiting = process::spawn(&self.config.launcher, "the disk", &jail.plan, &jail.fds())?;
-        record.disk = Some(waiting.handle.proc);
+        self.cgroups.create(&group, plan::disk_bounds())?;
+        let doors = self.cgroups.doors(&group)?;
+        let mount = mount::of(VMM_UID + u32::from(slot))?;
+        let (control, theirs) = channel::pair().at("make a channel of slot", slot)?;
+        let kept = control.try_clone().at("keep the channel of slot", slot)?;
+        let given = [exe, kept, theirs, mount.server, mount.second];
+        let waiting = self.launcher.spawn(Kind::Disk { slot }, &doors, &given)?;
         // From here on the process alone holds the connection: its death ends the mount.
+        drop(given);
+        record.disk = Some(waiting.handle.proc);
         Ok(Spawned {
             waiting,
             control,
@@ -93,45 +91,38 @@ impl Warden {
     pub(super) fn disk_serve(&self, record: &mut Record, spawned: Spawned) -> Result<Disk> {
         let slot = record.slot;
         let disk = Disk {
-            handle: spawned.waiting.go("the disk")?,
+            handle: spawned.waiting.go()?,
             control: Some(spawned.control),
             file: None,
         };
         record.hpke_pub = Some(disk.hello()?);
-        let plan = plans::mount_opener(&self.config.layout, slot);
-        let (launcher, mount) = (&self.config.launcher, spawned.mount.as_fd());
-        let file = process::open_mount(launcher, "the disk's file", &plan, mount)?;
+        let file = self.launcher.open_mount(slot, spawned.mount)?;
         vm::tell(&self.config.layout, slot, WardenOp::DiskFd, &[file.as_fd()])?;
         Ok(disk)
     }
 
-    fn disk_open_steps(&self, s: &mut Slot, ask: DiskAsk) -> Result<DiskOpened> {
+    fn disk_open_steps(
+        &self,
+        s: &mut Slot,
+        workspace: &WorkspaceId,
+        (size_mb, bytes_per_s, ops_per_s): (u32, u64, u64),
+    ) -> Result {
         let slot = s.record.slot;
         self.step(&mut s.record, Step::DiskBegin)?;
-        let Backing { file, fresh } = self
-            .disks
-            .open(&ask.workspace, DISK_UID + u32::from(slot))?;
+        let owner = DISK_UID + u32::from(slot);
+        let Backing { file, fresh } = self.disks.open(workspace, owner)?;
         s.record.fresh = fresh;
-        let template = fresh.then(|| self.ext4(ask.disk_mb)).transpose()?;
-        let open = ToDisk::Open {
-            size_mb: ask.disk_mb,
-            bytes_per_s: ask.bytes_per_s,
-            ops_per_s: ask.ops_per_s,
-        };
+        let template = fresh.then(|| self.ext4(size_mb)).transpose()?;
         let disk = s.disk.as_mut().ok_or_else(gone)?;
         let files = [Some(file.as_fd()), template.as_ref().map(AsFd::as_fd)];
+        let open = ToDisk::Open {
+            size_mb,
+            bytes_per_s,
+            ops_per_s,
+        };
         disk.send(&open, &files.into_iter().flatten().collect::<Vec<_>>())?;
         disk.file = Some(file);
-        self.step(&mut s.record, Step::DiskWaits)?;
-        let attestation = self.machine.attest(
-            &ask.workspace,
-            &ask.start_id,
-            ask.purpose,
-            ask.nonce,
-            s.record.hpke_pub.clone().ok_or_else(gone)?,
-            s.record.measurement.clone().ok_or_else(gone)?,
-        )?;
-        Ok(DiskOpened { attestation, fresh })
+        self.step(&mut s.record, Step::DiskWaits)
     }
 
     pub(super) fn disk_grant(&self, slot: u16, sealed: String, aad: String) -> Result<bool> {
@@ -141,13 +132,10 @@ impl Warden {
         check_digest_id("aad", &aad)?;
         let cell = self.cell(slot);
         let mut held = lock(&cell);
-        let s = held
-            .as_mut()
-            .ok_or_else(|| missing(format!("slot {slot} is empty")))?;
+        let s = occupied(slot, &mut held)?;
         if s.record.step != Step::DiskWaits || s.record.dead {
-            return Err(conflict(format!(
-                "slot {slot} has no disk that waits for its key"
-            )));
+            let why = format!("slot {slot} has no disk that waits for its key");
+            return Err(conflict(why));
         }
         let granted = self.disk_grant_steps(s, sealed, aad);
         if granted.is_err() {
@@ -193,9 +181,7 @@ impl Warden {
 
     /// Makes an empty ext4 in `file`, in a jail.
     fn mkfs(&self, file: OwnedFd) -> Result {
-        let jail = plans::mkfs(&self.config.layout, file)?;
-        let mkfs = process::spawn(&self.config.launcher, "mke2fs", &jail.plan, &jail.fds())?
-            .go("mke2fs")?;
+        let mkfs = self.launcher.spawn(Kind::Mkfs, &[], &[file])?.go()?;
         if !process::readable(mkfs.pidfd(), MKFS_WAIT) {
             let _ = mkfs.kill(KILL_WAIT);
             return Err(Error::internal("mke2fs took too long"));
@@ -211,15 +197,4 @@ impl Warden {
 
 fn gone() -> Error {
     Error::internal("the disk process is gone")
-}
-
-fn seqpacket() -> Result<(OwnedFd, OwnedFd)> {
-    use rustix::net::{AddressFamily, SocketFlags, SocketType};
-    rustix::net::socketpair(
-        AddressFamily::UNIX,
-        SocketType::SEQPACKET,
-        SocketFlags::CLOEXEC,
-        None,
-    )
-    .at("make", "a channel")
 }

@@ -5,18 +5,18 @@ use crate::diskproc::Disk;
 use crate::fault::{At, Result, log};
 use crate::journal::{Record, Step};
 use crate::layout::remove;
-use crate::limits::KILL_WAIT;
 use api::Error;
-use std::collections::HashSet;
+use jail::limits::KILL_WAIT;
+use std::collections::BTreeMap;
 
 impl Warden {
     /// Adopts slots that rest with all their processes; removes everything else.
     pub(super) fn sweep(&self) -> Result {
-        let mut adopted = Vec::new();
+        let mut adopted = BTreeMap::new();
         for (slot, record) in self.journal.read()? {
             let Some(record) = record else { continue };
             if let Some(s) = self.adopt(&record) {
-                adopted.push((slot, record.open.clone()));
+                adopted.insert(slot, record.open.clone());
                 if let Some(workspace) = &record.workspace {
                     lock(&self.in_use).insert(workspace.clone());
                 }
@@ -33,18 +33,18 @@ impl Warden {
                 }
             }
         }
-        lock(&self.nft).rebuild(&adopted)?;
-        let kept: HashSet<u16> = adopted.iter().map(|(s, _)| *s).collect();
+        let kept = adopted.clone();
+        lock(&self.net).stands(adopted)?;
         for group in self.cgroups.list() {
             let slot = group.rsplit_once('-').and_then(|(_, n)| n.parse().ok());
-            if !slot.is_some_and(|s| kept.contains(&s)) && !self.cgroups.remove(&group) {
+            if !slot.is_some_and(|s| kept.contains_key(&s)) && !self.cgroups.remove(&group) {
                 return Err(Error::internal(format!(
                     "a process in control group {group} can't be killed"
                 )));
             }
         }
         for (slot, record) in self.journal.read()? {
-            if kept.contains(&slot) {
+            if kept.contains_key(&slot) {
                 continue;
             }
             log(
@@ -66,7 +66,7 @@ impl Warden {
                     .to_str()
                     .and_then(|n| n.split('.').next())
                     .and_then(|n| n.parse().ok());
-                if !slot.is_some_and(|s| kept.contains(&s)) {
+                if !slot.is_some_and(|s| kept.contains_key(&s)) {
                     remove(&entry.path())?;
                 }
             }

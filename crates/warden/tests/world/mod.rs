@@ -9,6 +9,7 @@
 )]
 
 use api::warden::{Op, Open, Source, Start, Status};
+use net::Network;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixStream;
@@ -16,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use warden::journal::Step;
-use warden::{Config, Layout, Machine, Network, Vmm, Warden};
+use warden::{Config, Layout, Machine, Vmm, Warden};
 
 pub const LAUNCHER: &str = env!("CARGO_BIN_EXE_casemate-warden");
 pub const EDGE_UID: u32 = 64_001;
@@ -77,8 +78,13 @@ impl World {
         std::fs::write(artifacts.join(format!("images/{image}.erofs")), "an image").unwrap();
         let programs = dir.join("programs");
         std::fs::create_dir(&programs).unwrap();
-        for name in ["casemate-vmctl", "casemate-disk"] {
-            std::fs::copy(&double, programs.join(name)).unwrap();
+        for (program, name) in [
+            ("double", "casemate-vmctl"),
+            ("double", "casemate-disk"),
+            ("jail", "casemate-jail"),
+            ("net", "casemate-net"),
+        ] {
+            std::fs::copy(double.with_file_name(program), programs.join(name)).unwrap();
         }
         layout.create().unwrap();
         Machine::init(&layout).unwrap();
@@ -136,7 +142,6 @@ impl World {
             network: network(),
             edge_uid: EDGE_UID,
             host_uid: HOST_UID,
-            launcher: LAUNCHER.into(),
             programs: self.dir.join("programs"),
             vmm,
             fail_at,
@@ -228,7 +233,7 @@ impl Drop for World {
             return;
         }
         // Whatever a failed test left: by the installation's own groups.
-        if let Ok(groups) = warden::cgroup::Cgroups::open(&self.layout.instance()) {
+        if let Ok(groups) = jail::cgroup::Cgroups::open(&self.layout.instance()) {
             for name in groups.list() {
                 let _ = groups.remove(&name);
             }
@@ -330,7 +335,7 @@ pub fn as_uid<T: Send + 'static>(uid: u32, f: impl FnOnce() -> T + Send + 'stati
     std::thread::spawn(run).join().unwrap()
 }
 
-fn nft_elements() -> Vec<String> {
+pub fn nft_elements() -> Vec<String> {
     let out = std::process::Command::new("nft")
         .args(["list", "ruleset"])
         .output()

@@ -1,17 +1,20 @@
-//! The jail: a fresh process (`casemate-warden jail`) that builds one root, clones one child into
-//! new namespaces, and exits; the child waits for warden's word before it becomes the program.
+//! The launcher: a fresh process that builds one root, clones one child into new namespaces, and
+//! exits; the child waits for warden's word before it becomes the program.
 //!
 //! ```text
-//! warden ──Plan + fds──▶ launcher ─clone(CLONE_PARENT)─▶ child ─ready─▶ (pid, pidfd) to warden
+//! warden ──Ask + fds──▶ launcher ─clone(CLONE_PARENT)─▶ child ─ready─▶ (pid, pidfd) to warden
 //!                                                          │
 //!   journal written ── go ────────────────────────────────▶│ exec
 //!   warden died ── end of file ───────────────────────────▶│ exit: a half-made jail never runs
 //! ```
 //!
 //! It is a process of its own because warden has threads: after a fork of those, little may be
-//! called. Must never take a path or a command from anything but the [`Plan`].
+//! called. Must never take a path or a command from anything but the [`Plan`] of the kind.
 
-use crate::limits::{EXE_FD, NOFILE_MAX};
+use crate::ask::{Ask, Kind, Said};
+use crate::channel::{recv, send};
+use crate::limits::{ASK_MAX_BYTES, EXE_FD, NOFILE_MAX, VMM_UID};
+use crate::plan::{Entry, Namespaces, Plan, Program};
 use crate::seccomp;
 use landlock::{
     ABI, Access, AccessFs, AccessNet, PathBeneath, PathFd, Ruleset, RulesetAttr,
@@ -22,129 +25,28 @@ use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags};
 use rustix::mount::{
     MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
 };
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags,
-};
+use rustix::net::RecvFlags;
 use rustix::process::{DumpableBehavior, Resource, Rlimit};
 use rustix::thread::{CapabilitySet, CapabilitySets};
-use serde::{Deserialize, Serialize};
 use std::ffi::CString;
-use std::io::{self, IoSlice, IoSliceMut, Write as _};
-use std::mem::MaybeUninit;
-use std::path::PathBuf;
+use std::io::{self, Write as _};
+use std::path::Path;
 
-/// Most descriptors that travel with a plan.
-pub const PLAN_FDS_MAX: usize = 48;
-const PLAN_MAX_BYTES: usize = 64 << 10;
+pub(crate) type Step<T = ()> = Result<T, String>;
 
-/// What a jail is. Descriptors are named by their place in the message.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Plan {
-    /// uid and gid.
-    pub id: u32,
-    /// The program: a file in the root, or a descriptor.
-    pub program: Program,
-    /// Its arguments, the name first.
-    pub argv: Vec<String>,
-    /// A user namespace that maps `id` alone, so that not even root outside owns what is inside,
-    /// and a process namespace. Without, the child can tell its peers' uids; network, IPC, UTS,
-    /// cgroup and mounts are its own in any case.
-    pub apart: bool,
-    /// All that its file system holds.
-    pub root: Vec<Entry>,
-    /// An empty directory to build the root on.
-    pub scratch: PathBuf,
-    /// Descriptors that become 3, 4, …
-    pub pass: Vec<usize>,
-    /// The descriptor that becomes 0; otherwise /dev/null.
-    pub stdin: Option<usize>,
-    /// The descriptor that becomes 2; otherwise the launcher's own.
-    pub stderr: Option<usize>,
-    /// Directories of the control groups to join.
-    pub cgroups: Vec<PathBuf>,
-    /// For the out-of-memory killer.
-    pub oom_score_adj: i32,
-    /// Threads and processes.
-    pub nproc: u64,
-    /// Largest file it may write, bytes.
-    pub fsize_bytes: u64,
-    /// Memory it may lock, bytes.
-    pub memlock_bytes: u64,
-    /// Landlock, and the VMM's system-call list.
-    pub confine: bool,
-}
-
-/// What is run.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Program {
-    /// A path inside the root.
-    Path(String),
-    /// A descriptor: the very file that was measured.
-    Fd(usize),
-    /// Nothing: opens the mount behind the descriptor read-write, and sends the file back.
-    OpenMount(usize),
-}
-
-/// One thing in the root.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", deny_unknown_fields)]
-pub enum Entry {
-    /// A file or directory, read-only.
-    Bind {
-        /// Its descriptor.
-        fd: usize,
-        /// Where, absolute.
-        at: String,
-    },
-    /// A file that may be written.
-    BindWrite {
-        /// Its descriptor.
-        fd: usize,
-        /// Where, absolute.
-        at: String,
-    },
-    /// A device.
-    Device {
-        /// Its descriptor.
-        fd: usize,
-        /// Where, absolute.
-        at: String,
-    },
-    /// A symbolic link.
-    Link {
-        /// What it says.
-        to: String,
-        /// Where, absolute.
-        at: String,
-    },
-}
-
-/// What the launcher tells warden.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Said {
-    /// The child waits; its pidfd came with this (or the opened file did).
-    Ready {
-        /// The child, as warden sees it.
-        pid: u32,
-    },
-    /// It could not; at which step and why.
-    Failed(String),
-}
-
-type Step<T = ()> = Result<T, String>;
-
-/// The launcher: everything comes by descriptor 0, once.
+/// The launcher: `--root DIR` says which installation's; everything else comes by descriptor 0,
+/// once. The exit status.
 #[must_use]
-pub fn launcher_main() -> i32 {
-    let sock = match high(rustix::stdio::stdin()) {
-        Ok(s) => s,
-        Err(_) => return 2,
+pub fn main(args: impl Iterator<Item = String>) -> i32 {
+    let Ok(sock) = high(rustix::stdio::stdin()) else {
+        return 2;
     };
-    match launch(&sock) {
+    let args: Vec<String> = args.collect();
+    let done = match &args[..] {
+        [flag, root] if flag == "--root" => launch(&sock, Path::new(root)),
+        _ => Err("usage: casemate-jail --root DIR, by casemate-warden".into()),
+    };
+    match done {
         Ok(()) => 0,
         Err(why) => {
             // Nobody left to tell is no reason to stay.
@@ -154,23 +56,29 @@ pub fn launcher_main() -> i32 {
     }
 }
 
-fn launch(sock: &OwnedFd) -> Step {
-    let (bytes, fds) = recv(sock.as_fd(), PLAN_MAX_BYTES).map_err(at("receive the plan"))?;
-    let plan: Plan = serde_json::from_slice(&bytes).map_err(|e| format!("read the plan: {e}"))?;
+fn launch(sock: &OwnedFd, root: &Path) -> Step {
+    let (bytes, mut fds) = recv(sock.as_fd(), ASK_MAX_BYTES).map_err(at("receive the request"))?;
+    let ask: Ask = serde_json::from_slice(&bytes).map_err(at("read the request"))?;
+    ask.kind.check()?;
+    rustix::process::umask(Mode::from_raw_mode(0o077));
+    rustix::thread::set_thread_groups(&[]).map_err(at("drop supplementary groups"))?;
+    if ask.groups > fds.len() {
+        return Err("fewer descriptors than control groups".into());
+    }
+    for group in fds.drain(..ask.groups) {
+        rustix::io::write(&group, b"0").map_err(at("join a control group"))?;
+    }
+    if let Kind::OpenMount { slot } = ask.kind {
+        let mount = fds.pop().ok_or("no mount came")?;
+        return open_mount(sock, slot, &mount);
+    }
+    let (plan, fds) = crate::plan::of(ask.kind, fds, root)?;
     let fds: Vec<OwnedFd> = fds
         .into_iter()
         .map(high)
         .collect::<io::Result<_>>()
         .map_err(at("keep the descriptors"))?;
-    rustix::process::umask(Mode::from_raw_mode(0o077));
-    rustix::thread::set_thread_groups(&[]).map_err(at("drop supplementary groups"))?;
-    if let Program::OpenMount(i) = plan.program {
-        return open_mount(sock, plan.id, pick(&fds, i)?);
-    }
-    for dir in &plan.cgroups {
-        write_file(&dir.join("cgroup.procs"), "0").map_err(at("join the control group"))?;
-    }
-    // Below its own needs CAP_SYS_RESOURCE, which a container may lack (`Status::weakened`).
+    // Below its own needs CAP_SYS_RESOURCE, which a container may lack (`weakened`).
     let _ = write_file(
         "/proc/self/oom_score_adj".as_ref(),
         &plan.oom_score_adj.to_string(),
@@ -178,12 +86,15 @@ fn launch(sock: &OwnedFd) -> Step {
     // The old /proc stays reachable by this descriptor after the root is gone.
     let proc = rustix::fs::open("/proc", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
         .map_err(at("open /proc"))?;
-    build_root(&plan, &fds)?;
+    build_root(&plan, &fds, &root.join(crate::SCRATCH))?;
     let (mapped_r, mapped_w) =
         rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(at("make a pipe"))?;
-    let mut flags =
-        libc::CLONE_NEWNET | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS | libc::CLONE_NEWCGROUP;
-    if plan.apart {
+    let apart = plan.namespaces == Namespaces::Apart;
+    let mut flags = libc::CLONE_NEWIPC | libc::CLONE_NEWUTS | libc::CLONE_NEWCGROUP;
+    if plan.namespaces != Namespaces::Fabric {
+        flags |= libc::CLONE_NEWNET;
+    }
+    if apart {
         flags |= libc::CLONE_NEWUSER | libc::CLONE_NEWPID;
     }
     match clone_sibling(flags).map_err(at("clone"))? {
@@ -199,7 +110,7 @@ fn launch(sock: &OwnedFd) -> Step {
             unsafe { libc::_exit(1) }
         }
         Some((pid, pidfd)) => {
-            if plan.apart {
+            if apart {
                 map_ids(&proc, pid, plan.id)?;
             }
             rustix::io::write(&mapped_w, b"m").map_err(at("release the child"))?;
@@ -221,7 +132,7 @@ fn child(
         return Err("the launcher died".into());
     }
     let _ = rustix::system::sethostname(b"vm");
-    drop_privileges(plan.id)?;
+    drop_privileges(plan.id, plan.capabilities)?;
     let exe = match &plan.program {
         Program::Path(p) => rustix::fs::open(
             p.as_str(),
@@ -232,7 +143,6 @@ fn child(
         Program::Fd(i) => {
             rustix::io::fcntl_dupfd_cloexec(pick(&fds, *i)?, 3).map_err(at("keep the program"))?
         }
-        Program::OpenMount(_) => return Err("a mount is no program".into()),
     };
     dup_to(exe.as_fd(), EXE_FD)?;
     rustix::io::fcntl_setfd(borrow(EXE_FD), rustix::io::FdFlags::CLOEXEC)
@@ -314,36 +224,40 @@ fn child(
     ))
 }
 
-/// Ids, capabilities and the promise to gain none again.
-fn drop_privileges(id: u32) -> Step {
+/// Ids, all capabilities but `keep`, and the promise to gain none again.
+fn drop_privileges(id: u32, keep: CapabilitySet) -> Step {
     let (uid, gid) = (
         rustix::process::Uid::from_raw(id),
         rustix::process::Gid::from_raw(id),
     );
-    for cap in CapabilitySet::all().iter() {
+    for cap in CapabilitySet::all().difference(keep).iter() {
         match rustix::thread::remove_capability_from_bounding_set(cap) {
             // A capability younger than this kernel.
             Ok(()) | Err(rustix::io::Errno::INVAL) => {}
             Err(e) => return Err(format!("empty the bounding set: {e}")),
         }
     }
+    rustix::thread::set_keep_capabilities(!keep.is_empty()).map_err(at("keep capabilities"))?;
     rustix::thread::set_thread_res_gid(gid, gid, gid).map_err(at("set the gid"))?;
     rustix::thread::set_thread_res_uid(uid, uid, uid).map_err(at("set the uid"))?;
     rustix::thread::clear_ambient_capability_set().map_err(at("clear ambient capabilities"))?;
-    let none = CapabilitySet::empty();
-    let none = CapabilitySets {
-        effective: none,
-        permitted: none,
-        inheritable: none,
+    let sets = CapabilitySets {
+        effective: keep,
+        permitted: keep,
+        inheritable: keep,
     };
-    rustix::thread::set_capabilities(None, none).map_err(at("drop capabilities"))?;
+    rustix::thread::set_capabilities(None, sets).map_err(at("drop capabilities"))?;
+    for cap in keep.iter() {
+        rustix::thread::configure_capability_in_ambient_set(cap, true)
+            .map_err(at("keep a capability over exec"))?;
+    }
     rustix::thread::set_no_new_privs(true).map_err(at("set no_new_privs"))?;
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
         .map_err(at("clear dumpable"))
 }
 
 /// Makes the plan's entries the whole file system of this process.
-fn build_root(plan: &Plan, fds: &[OwnedFd]) -> Step {
+fn build_root(plan: &Plan, fds: &[OwnedFd], scratch: &Path) -> Step {
     // Copies of the mounts are taken while this is still the namespace they are in.
     let mut trees = Vec::new();
     for entry in &plan.root {
@@ -365,9 +279,8 @@ fn build_root(plan: &Plan, fds: &[OwnedFd]) -> Step {
     rustix::mount::mount_change("/", private).map_err(at("make mounts private"))?;
     let tight = MountFlags::NOSUID | MountFlags::NOEXEC;
     let options = c"size=64k,nr_inodes=128,mode=0755";
-    rustix::mount::mount("none", &plan.scratch, "tmpfs", tight, options)
-        .map_err(at("mount the root"))?;
-    rustix::process::chdir(&plan.scratch).map_err(at("enter the root"))?;
+    rustix::mount::mount("none", scratch, "tmpfs", tight, options).map_err(at("mount the root"))?;
+    rustix::process::chdir(scratch).map_err(at("enter the root"))?;
     for (entry, tree) in plan.root.iter().zip(&trees) {
         place(entry, tree.as_ref()).map_err(|e| format!("place {entry:?}: {e}"))?;
     }
@@ -464,8 +377,8 @@ fn landlock(root: &[Entry]) -> Step {
 }
 
 /// Opens the file that a mount consists of, as the one uid that may, and sends it to warden.
-fn open_mount(sock: &OwnedFd, id: u32, mount: &OwnedFd) -> Step {
-    drop_privileges(id)?;
+fn open_mount(sock: &OwnedFd, slot: u16, mount: &OwnedFd) -> Step {
+    drop_privileges(VMM_UID + u32::from(slot), CapabilitySet::empty())?;
     let path = format!("/proc/self/fd/{}", mount.as_raw_fd());
     // The VMM matches the access mode and O_DIRECT of a descriptor that it is given.
     let flags = OFlags::RDWR | OFlags::DIRECT | OFlags::CLOEXEC;
@@ -509,71 +422,6 @@ fn clone_sibling(flags: libc::c_int) -> io::Result<Option<(u32, OwnedFd)>> {
         // SAFETY: the kernel has just made this descriptor for us.
         pid => Ok(Some((pid as u32, unsafe { OwnedFd::from_raw_fd(pidfd) }))),
     }
-}
-
-/// Sends one message with descriptors.
-///
-/// # Errors
-/// The socket's.
-pub fn send(sock: &OwnedFd, message: &impl Serialize, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
-    send_bytes(sock.as_fd(), &serde_json::to_vec(message)?, fds)
-}
-
-/// Sends these bytes with descriptors, whole.
-///
-/// # Errors
-/// The socket's.
-pub fn send_bytes(sock: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(PLAN_FDS_MAX))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
-        return Err(io::Error::other("too many descriptors"));
-    }
-    let sent = rustix::net::sendmsg(
-        sock,
-        &[IoSlice::new(bytes)],
-        &mut control,
-        SendFlags::NOSIGNAL,
-    )?;
-    if sent == bytes.len() {
-        Ok(())
-    } else {
-        Err(io::ErrorKind::WriteZero.into())
-    }
-}
-
-/// Receives one message with descriptors; empty at the end of the stream.
-///
-/// # Errors
-/// The socket's; a message that does not fit.
-pub fn recv(sock: BorrowedFd<'_>, max_bytes: usize) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
-    let mut bytes = vec![0u8; max_bytes];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(PLAN_FDS_MAX))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let got = rustix::net::recvmsg(
-        sock,
-        &mut [IoSliceMut::new(&mut bytes)],
-        &mut control,
-        RecvFlags::CMSG_CLOEXEC,
-    )?;
-    let mut fds = Vec::new();
-    for message in control.drain() {
-        if let RecvAncillaryMessage::ScmRights(rights) = message {
-            fds.extend(rights);
-        }
-    }
-    use rustix::net::ReturnFlags;
-    if got
-        .flags
-        .intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC)
-    {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            "message above its bound",
-        ));
-    }
-    bytes.truncate(got.bytes);
-    Ok((bytes, fds))
 }
 
 fn high(fd: impl AsFd) -> io::Result<OwnedFd> {
@@ -621,6 +469,6 @@ fn write_file(path: &std::path::Path, text: &str) -> io::Result<()> {
         .write_all(text.as_bytes())
 }
 
-fn at<E: std::fmt::Display>(step: &'static str) -> impl Fn(E) -> String {
+pub(crate) fn at<E: std::fmt::Display>(step: &'static str) -> impl Fn(E) -> String {
     move |e| format!("{step}: {e}")
 }

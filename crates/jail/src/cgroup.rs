@@ -7,6 +7,7 @@
 use crate::fault::{At, Result, log};
 use crate::limits::KILL_WAIT;
 use crate::process::Proc;
+use rustix::fd::OwnedFd;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -70,9 +71,20 @@ impl Cgroups {
         if self.v2 { "v2" } else { "v1" }
     }
 
-    /// The directories of group `name`: a process joins by all of them.
-    #[must_use]
-    pub fn dirs(&self, name: &str) -> Vec<PathBuf> {
+    /// The files by which a process joins group `name`: all of them.
+    ///
+    /// # Errors
+    /// The file that could not be opened.
+    pub fn doors(&self, name: &str) -> Result<Vec<OwnedFd>> {
+        let open = |dir: PathBuf| {
+            let path = dir.join("cgroup.procs");
+            let file = std::fs::OpenOptions::new().write(true).open(&path);
+            file.map(OwnedFd::from).at("open", path.display())
+        };
+        self.dirs(name).into_iter().map(open).collect()
+    }
+
+    fn dirs(&self, name: &str) -> Vec<PathBuf> {
         self.tops.iter().map(|t| t.join(name)).collect()
     }
 

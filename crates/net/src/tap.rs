@@ -2,74 +2,19 @@
 //!
 //! A tap is never persistent: the VMM holds its only descriptor, so it goes when the VMM goes.
 
-use crate::fault::{At, Result};
-use crate::layout::{Layout, read_small};
+use crate::network::{Network, mac, tap_name};
+use jail::fault::{At, Result};
 use rustix::fd::{AsRawFd, OwnedFd};
 use rustix::fs::{Mode, OFlags};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 use std::net::Ipv4Addr;
-
-/// The guests' /16, and what follows from it.
-#[derive(Debug, Clone, Copy)]
-pub struct Network {
-    base: Ipv4Addr,
-}
-
-impl Network {
-    /// The /16 that `base` is in.
-    #[must_use]
-    pub fn new(base: Ipv4Addr) -> Self {
-        let [a, b, _, _] = base.octets();
-        Self {
-            base: Ipv4Addr::new(a, b, 0, 0),
-        }
-    }
-
-    /// Length of the network's prefix.
-    pub const PREFIX: u8 = 16;
-
-    /// The host's side of every tap.
-    #[must_use]
-    pub fn gateway(&self) -> Ipv4Addr {
-        self.plus(1)
-    }
-
-    /// The guest on `slot`.
-    #[must_use]
-    pub fn guest(&self, slot: u16) -> Ipv4Addr {
-        self.plus(u32::from(slot) + 2)
-    }
-
-    fn plus(&self, n: u32) -> Ipv4Addr {
-        Ipv4Addr::from_bits(self.base.to_bits() + n)
-    }
-}
-
-/// The hardware address that goes with an address: locally administered, one per slot.
-#[must_use]
-pub fn mac(ip: Ipv4Addr) -> [u8; 6] {
-    let [a, b, c, d] = ip.octets();
-    [0x02, 0x00, a, b, c, d]
-}
-
-/// A hardware address as text.
-#[must_use]
-pub fn mac_text(mac: [u8; 6]) -> String {
-    mac.map(|b| format!("{b:02x}")).join(":")
-}
-
-/// The name of a slot's tap, at most 7 bytes.
-#[must_use]
-pub fn tap_name(slot: u16) -> String {
-    format!("cm{slot}")
-}
 
 /// Makes the slot's tap, with the gateway's address on it, a route to the guest alone and its
 /// neighbour entry fixed: no ARP answer of a guest is ever believed.
 ///
 /// # Errors
 /// The step that failed; nothing is left then.
-pub fn tap_create(network: Network, slot: u16) -> Result<OwnedFd> {
+pub fn create(network: Network, slot: u16) -> Result<OwnedFd> {
     let name = tap_name(slot);
     let tap = rustix::fs::open(
         "/dev/net/tun",
@@ -125,7 +70,7 @@ pub fn tap_create(network: Network, slot: u16) -> Result<OwnedFd> {
 ///
 /// # Errors
 /// The setting that could not be written.
-pub fn tap_forward(slot: u16, on: bool) -> Result {
+pub fn forward(slot: u16, on: bool) -> Result {
     let (name, on) = (tap_name(slot), if on { "1" } else { "0" });
     for (key, value) in [
         (format!("conf/{name}/forwarding"), on),
@@ -141,7 +86,7 @@ pub fn tap_forward(slot: u16, on: bool) -> Result {
 
 /// Packets (from the guest, to the guest) that passed a slot's tap.
 #[must_use]
-pub fn tap_packets(slot: u16) -> (u64, u64) {
+pub fn packets(slot: u16) -> (u64, u64) {
     let text = std::fs::read_to_string("/proc/thread-self/net/dev").unwrap_or_default();
     let name = tap_name(slot);
     let of = |line: &str| -> Option<(u64, u64)> {
@@ -273,50 +218,5 @@ impl Netlink {
             }
             _ => Err(std::io::Error::other("an unexpected netlink answer")),
         }
-    }
-}
-
-/// The network that the installation's configuration names, or the default one.
-///
-/// # Errors
-/// A file that can't be read, or whose `network.base` is no address.
-pub fn network_of(layout: &Layout) -> Result<Network> {
-    #[derive(serde::Deserialize, Default)]
-    #[serde(default)]
-    struct File {
-        network: Section,
-    }
-    #[derive(serde::Deserialize)]
-    #[serde(default)]
-    struct Section {
-        base: Ipv4Addr,
-    }
-    impl Default for Section {
-        fn default() -> Self {
-            Self {
-                base: Ipv4Addr::new(10, 117, 0, 0),
-            }
-        }
-    }
-    let path = layout.config();
-    // The other fields are the other processes'; `casemate doctor` checks the file as a whole.
-    let file: File =
-        toml::from_str(&read_small(&path)?.unwrap_or_default()).at("read", path.display())?;
-    Ok(Network::new(file.network.base))
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-    use super::*;
-
-    #[test]
-    fn addresses_are_a_function_of_the_slot() {
-        let n = Network::new(Ipv4Addr::new(10, 117, 9, 9));
-        assert_eq!(n.gateway().to_string(), "10.117.0.1");
-        assert_eq!(n.guest(0).to_string(), "10.117.0.2");
-        assert_eq!(n.guest(4095).to_string(), "10.117.16.1");
-        assert_eq!(mac_text(mac(n.guest(254))), "02:00:0a:75:01:00");
-        assert!(tap_name(u16::MAX).len() < 16);
     }
 }

@@ -6,10 +6,10 @@
 //! under way. Spoofed addresses fall before that; IPv6 always; ARP but for the guest's own.
 //! Must never be given text: all that goes into a command is made of numbers here.
 
-use crate::fault::{At, Result};
-use crate::net::{Network, mac, mac_text, tap_name};
+use crate::network::{Network, mac, mac_text, tap_name};
 use api::Error;
 use api::warden::{Open, Source};
+use jail::fault::{At, Result};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::fmt::Write as _;
 
@@ -37,11 +37,11 @@ impl Nft {
     ///
     /// # Errors
     /// libnftables' complaint; the old table stands then.
-    pub fn rebuild(&mut self, slots: &[(u16, Vec<Open>)]) -> Result {
+    pub fn rebuild<'a>(&mut self, slots: impl IntoIterator<Item = (u16, &'a [Open])>) -> Result {
         let mut commands = self.base();
         for (slot, open) in slots {
-            self.slot_elements(&mut commands, "add", *slot);
-            self.open_elements(&mut commands, "add", *slot, open);
+            self.slot_elements(&mut commands, "add", slot);
+            self.open_elements(&mut commands, "add", slot, open);
         }
         self.lib
             .run(&commands)

@@ -1,0 +1,449 @@
+//! What each jail holds: its root, its user, its limits. All that a plan names comes from constants
+//! and numbers here.
+
+use crate::ask::Kind;
+use crate::cgroup::Bounds;
+use crate::launch::{Step, at};
+use crate::limits::{
+    DISK_MEMORY_MB, DISK_MEMORY_MIN_MB, DISK_UID, MKFS_UID, NET_UID, PIDS_MAX, STATE_MAX_BYTES,
+    VMCTL_UID, VMM_OVERHEAD_MB, VMM_UID,
+};
+use crate::open_beneath;
+use api::warden::Start;
+use rustix::fd::OwnedFd;
+use rustix::fs::OFlags;
+use rustix::thread::CapabilitySet;
+use std::path::Path;
+use vmm::qemu::{Accel, How, Net, Paths, Spec};
+
+const MIB: u64 = 1 << 20;
+/// What a disk's file may grow to: the largest volume and its header.
+const DISK_FILE_MAX_BYTES: u64 = (*model::limits::DISK_MB.end() as u64 + 64) * MIB;
+
+/// The VMM inside the closure.
+pub const VMM: &str = "/usr/bin/qemu-system-x86_64";
+/// The guest's kernel, in the jail and among the artifacts.
+pub const KERNEL: &str = "kernel/vmlinux";
+/// Its first file system.
+pub const INITRAMFS: &str = "kernel/initramfs.cpio";
+
+/// What a jail is. Descriptors are named by their place in the message.
+#[derive(Debug)]
+pub struct Plan {
+    /// uid and gid.
+    pub id: u32,
+    /// The program: a file in the root, or a descriptor.
+    pub program: Program,
+    /// Its arguments, the name first.
+    pub argv: Vec<String>,
+    /// What it shares with the host.
+    pub namespaces: Namespaces,
+    /// All that is left of root's power.
+    pub capabilities: CapabilitySet,
+    /// All that its file system holds.
+    pub root: Vec<Entry>,
+    /// Descriptors that become 3, 4, …
+    pub pass: Vec<usize>,
+    /// The descriptor that becomes 0; otherwise /dev/null.
+    pub stdin: Option<usize>,
+    /// The descriptor that becomes 2; otherwise the launcher's own.
+    pub stderr: Option<usize>,
+    /// For the out-of-memory killer.
+    pub oom_score_adj: i32,
+    /// Threads and processes.
+    pub nproc: u64,
+    /// Largest file it may write, bytes.
+    pub fsize_bytes: u64,
+    /// Memory it may lock, bytes.
+    pub memlock_bytes: u64,
+    /// Landlock, and the VMM's system-call list.
+    pub confine: bool,
+}
+
+/// Namespaces. Mounts, IPC, UTS and cgroup are a process's own in any case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Namespaces {
+    /// Its own network and processes, and a user namespace that maps its id alone, so that not even
+    /// root outside owns what is inside.
+    Apart,
+    /// Its own network; it can tell its peers' uids.
+    Alone,
+    /// The network that warden is in.
+    Fabric,
+}
+
+/// What is run.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Program {
+    /// A path inside the root.
+    Path(String),
+    /// A descriptor: the very file that was measured.
+    Fd(usize),
+}
+
+/// One thing in the root.
+#[derive(Debug)]
+pub enum Entry {
+    /// A file or directory, read-only.
+    Bind {
+        /// Its descriptor.
+        fd: usize,
+        /// Where, absolute.
+        at: String,
+    },
+    /// A file that may be written.
+    BindWrite {
+        /// Its descriptor.
+        fd: usize,
+        /// Where, absolute.
+        at: String,
+    },
+    /// A device.
+    Device {
+        /// Its descriptor.
+        fd: usize,
+        /// Where, absolute.
+        at: String,
+    },
+    /// A symbolic link.
+    Link {
+        /// What it says.
+        to: String,
+        /// Where, absolute.
+        at: String,
+    },
+}
+
+/// The plan of `kind` in the installation at `root`, and its descriptors: those given, and those of
+/// what it binds.
+pub(crate) fn of(kind: Kind, fds: Vec<OwnedFd>, root: &Path) -> Step<(Plan, Vec<OwnedFd>)> {
+    let mut given = Given(fds.into_iter());
+    let jail = match kind {
+        Kind::Vmm { slot, .. } => {
+            let jail = Jail::new(VMM_UID + u32::from(slot), Program::Path(VMM.into()));
+            vmm(jail, kind, &mut given, root)?
+        }
+        Kind::Vmctl {
+            slot,
+            how,
+            host_uid,
+        } => {
+            let jail = Jail::run(VMCTL_UID + u32::from(slot), given.next("executable")?);
+            vmctl(jail, (slot, how, host_uid), &mut given)?
+        }
+        Kind::Disk { slot } => {
+            let jail = Jail::run(DISK_UID + u32::from(slot), given.next("executable")?);
+            disk(jail, slot, &mut given)?
+        }
+        Kind::Net { base, edge_uid } => net(
+            Jail::run(NET_UID, given.next("executable")?),
+            base,
+            edge_uid,
+            &mut given,
+        )?,
+        Kind::Mkfs => mkfs(given.next("file")?)?,
+        Kind::OpenMount { .. } => return Err("a mount is no program".into()),
+    };
+    match given.0.next() {
+        None => Ok((jail.plan, jail.owned)),
+        Some(_) => Err("more descriptors came than the kind takes".into()),
+    }
+}
+
+/// The descriptors that came, in their order.
+struct Given(std::vec::IntoIter<OwnedFd>);
+
+impl Given {
+    fn next(&mut self, what: &str) -> Step<OwnedFd> {
+        self.0.next().ok_or_else(|| format!("no {what} came"))
+    }
+}
+
+/// A plan and the descriptors that go with it.
+struct Jail {
+    plan: Plan,
+    owned: Vec<OwnedFd>,
+}
+
+impl Jail {
+    fn new(id: u32, program: Program) -> Self {
+        let plan = Plan {
+            id,
+            program,
+            argv: vec![],
+            namespaces: Namespaces::Apart,
+            capabilities: CapabilitySet::empty(),
+            root: vec![],
+            pass: vec![],
+            stdin: None,
+            stderr: None,
+            oom_score_adj: 0,
+            nproc: PIDS_MAX,
+            fsize_bytes: DISK_FILE_MAX_BYTES,
+            memlock_bytes: 0,
+            confine: false,
+        };
+        Self {
+            plan,
+            owned: vec![],
+        }
+    }
+
+    /// One that runs the very file behind `exe`.
+    fn run(id: u32, exe: OwnedFd) -> Self {
+        let mut jail = Self::new(id, Program::Fd(0));
+        jail.own(exe);
+        jail
+    }
+
+    fn own(&mut self, fd: OwnedFd) -> usize {
+        self.owned.push(fd);
+        self.owned.len() - 1
+    }
+
+    /// Passes a descriptor: the first becomes 3, the next 4.
+    fn pass(&mut self, fd: OwnedFd) {
+        let i = self.own(fd);
+        self.plan.pass.push(i);
+    }
+
+    fn bind(&mut self, fd: OwnedFd, at: &str) {
+        let fd = self.own(fd);
+        self.plan.root.push(Entry::Bind { fd, at: at.into() });
+    }
+
+    fn bind_write(&mut self, fd: OwnedFd, at: &str) {
+        let fd = self.own(fd);
+        self.plan.root.push(Entry::BindWrite { fd, at: at.into() });
+    }
+
+    fn device(&mut self, name: &str) -> Step {
+        let at = format!("/dev/{name}");
+        let fd = handle("/dev", name).map_err(|e| format!("open {at}: {e}"))?;
+        let fd = self.own(fd);
+        self.plan.root.push(Entry::Device { fd, at });
+        Ok(())
+    }
+
+    /// The system's shared libraries, for programs of our own.
+    fn libraries(&mut self) -> Step {
+        for dir in ["usr/lib", "usr/lib64"] {
+            match handle("/", dir) {
+                Ok(fd) => self.bind(fd, &format!("/{dir}")),
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+                Err(e) => return Err(format!("open {dir}: {e}")),
+            }
+        }
+        for (at, to) in [("/lib", "usr/lib"), ("/lib64", "usr/lib64")] {
+            self.plan.root.push(Entry::Link {
+                at: at.into(),
+                to: to.into(),
+            });
+        }
+        self.device("null")
+    }
+}
+
+/// The VMM's: the closure, the kernel, the image, the template; three devices.
+fn vmm(mut jail: Jail, kind: Kind, given: &mut Given, root: &Path) -> Step<Jail> {
+    let Kind::Vmm {
+        how,
+        memory_mb,
+        cpus,
+        kvm,
+        ..
+    } = kind
+    else {
+        return Err("no VMM".into());
+    };
+    let closure = root.join(crate::CLOSURE);
+    for entry in std::fs::read_dir(&closure).map_err(at("read the closure"))? {
+        let entry = entry.map_err(at("read the closure"))?;
+        let Ok(name) = entry.file_name().into_string() else {
+            continue;
+        };
+        let place = format!("/{name}");
+        if entry
+            .file_type()
+            .map_err(at("read the closure"))?
+            .is_symlink()
+        {
+            let to = std::fs::read_link(entry.path()).map_err(at("read the closure"))?;
+            let to = to.to_string_lossy().into_owned();
+            jail.plan.root.push(Entry::Link { to, at: place });
+        } else {
+            let fd = handle(&closure, &name).map_err(at("open the closure"))?;
+            jail.bind(fd, &place);
+        }
+    }
+    jail.bind(given.next("image")?, "/image/base.erofs");
+    jail.plan.stderr = Some(jail.own(given.next("stderr")?));
+    for what in ["QMP channel", "agent channel", "tap"] {
+        jail.pass(given.next(what)?);
+    }
+    if how != Start::Template {
+        jail.bind(given.next("kernel")?, &format!("/{KERNEL}"));
+        jail.bind(given.next("initramfs")?, &format!("/{INITRAMFS}"));
+    }
+    match how {
+        Start::Template => jail.bind(given.next("memory")?, "/template/memory"),
+        Start::Build => jail.bind_write(given.next("memory")?, "/template/memory"),
+        Start::Cold => {}
+    }
+    if how != Start::Cold {
+        jail.pass(given.next("state")?);
+    }
+    for name in ["null", "zero", "urandom"] {
+        jail.device(name)?;
+    }
+    if kvm {
+        jail.device("kvm")?;
+    }
+    jail.plan.argv = vmm_argv(how, memory_mb, cpus, kvm);
+    jail.plan.nproc = PIDS_MAX + u64::from(cpus);
+    jail.plan.oom_score_adj = 500;
+    jail.plan.confine = true;
+    Ok(jail)
+}
+
+/// The VMM's arguments, its name first: constants of the driver and numbers, all of it ASCII.
+#[must_use]
+pub fn vmm_argv(how: Start, memory_mib: u32, cpus: u32, kvm: bool) -> Vec<String> {
+    let spec = Spec {
+        how: match how {
+            Start::Template => How::Template,
+            Start::Cold => How::Cold,
+            Start::Build => How::Build,
+        },
+        memory_mib,
+        cpus,
+        accel: if kvm { Accel::Kvm } else { Accel::Tcg },
+        net: Net::Tap,
+        paths: Paths::jail(),
+    };
+    let argv = vmm::qemu::argv(&spec);
+    let argv = argv.into_iter().map(|a| a.to_string_lossy().into_owned());
+    std::iter::once("qemu-system-x86_64".into())
+        .chain(argv)
+        .collect()
+}
+
+/// vmctl's: itself and the system's libraries. Not apart: it reads its peers' uids.
+fn vmctl(
+    mut jail: Jail,
+    (slot, how, host_uid): (u16, Start, u32),
+    given: &mut Given,
+) -> Step<Jail> {
+    let how = match how {
+        Start::Template => "template",
+        Start::Cold => "cold",
+        Start::Build => "build",
+    };
+    let (slot, host) = (slot.to_string(), host_uid.to_string());
+    let argv = [
+        "casemate-vmctl",
+        "--slot",
+        &slot,
+        "--how",
+        how,
+        "--host-uid",
+        &host,
+    ];
+    jail.plan.argv = argv.map(String::from).into();
+    jail.libraries()?;
+    for what in [
+        "QMP channel",
+        "agent channel",
+        "host's listener",
+        "warden's listener",
+    ] {
+        jail.pass(given.next(what)?);
+    }
+    jail.plan.namespaces = Namespaces::Alone;
+    jail.plan.fsize_bytes = STATE_MAX_BYTES;
+    Ok(jail)
+}
+
+/// A disk's: the very file that was measured, and the system's libraries. It also holds warden's
+/// end of its channel, so that the channel outlives a warden, and the next one finds it there.
+fn disk(mut jail: Jail, slot: u16, given: &mut Given) -> Step<Jail> {
+    jail.libraries()?;
+    jail.device("urandom")?;
+    jail.plan.stdin = Some(jail.own(given.next("warden's end of the channel")?));
+    for what in ["channel", "/dev/fuse", "second /dev/fuse"] {
+        jail.pass(given.next(what)?);
+    }
+    let vmm = VMM_UID + u32::from(slot);
+    jail.plan.argv = vec!["casemate-disk".into(), "--uid".into(), vmm.to_string()];
+    jail.plan.oom_score_adj = -900;
+    jail.plan.memlock_bytes = 16 * MIB; // its secret heap
+    Ok(jail)
+}
+
+/// casemate-net's: itself, the system's libraries (libnftables among them), /dev/net/tun, and the
+/// kernel's settings of the network that it is in, which nobody without CAP_NET_ADMIN can write.
+fn net(mut jail: Jail, base: u32, edge_uid: u32, given: &mut Given) -> Step<Jail> {
+    jail.libraries()?;
+    let tun = handle("/dev", "net/tun").map_err(at("open /dev/net/tun"))?;
+    let fd = jail.own(tun);
+    jail.plan.root.push(Entry::Device {
+        fd,
+        at: "/dev/net/tun".into(),
+    });
+    let settings = handle("/proc", "sys/net").map_err(at("open /proc/sys/net"))?;
+    jail.bind_write(settings, "/proc/sys/net");
+    jail.pass(given.next("channel")?);
+    jail.plan.argv = vec![
+        "casemate-net".into(),
+        base.to_string(),
+        edge_uid.to_string(),
+    ];
+    jail.plan.namespaces = Namespaces::Fabric;
+    jail.plan.capabilities = CapabilitySet::NET_ADMIN;
+    Ok(jail)
+}
+
+/// mkfs's: the system's programs, read-only, and the file to format.
+fn mkfs(file: OwnedFd) -> Step<Jail> {
+    let mut jail = Jail::new(MKFS_UID, Program::Path("/usr/sbin/mke2fs".into()));
+    jail.libraries()?;
+    jail.bind(
+        handle("/", "usr/sbin").map_err(at("open /usr/sbin"))?,
+        "/usr/sbin",
+    );
+    if let Ok(conf) = handle("/etc", "mke2fs.conf") {
+        jail.bind(conf, "/etc/mke2fs.conf");
+    }
+    jail.bind_write(file, "/volume");
+    let argv = "mke2fs -q -F -t ext4 -b 4096 -m 0 -I 256 -J size=16 \
+                -E lazy_itable_init=1,lazy_journal_init=1,nodiscard -L workspace /volume";
+    jail.plan.argv = argv.split_whitespace().map(String::from).collect();
+    Ok(jail)
+}
+
+/// Bounds of a VM's group.
+#[must_use]
+pub fn vm_bounds(memory_mb: u32, cpus: u32, translator_mb: u64) -> Bounds {
+    Bounds {
+        memory_bytes: (u64::from(memory_mb) + VMM_OVERHEAD_MB + translator_mb) * MIB,
+        memory_min_bytes: 0,
+        pids: PIDS_MAX + u64::from(cpus),
+        cpu_us: u64::from(cpus) * 100_000,
+    }
+}
+
+/// Bounds of a disk's group.
+#[must_use]
+pub fn disk_bounds() -> Bounds {
+    Bounds {
+        memory_bytes: DISK_MEMORY_MB * MIB,
+        memory_min_bytes: DISK_MEMORY_MIN_MB * MIB,
+        pids: PIDS_MAX,
+        cpu_us: 100_000,
+    }
+}
+
+/// A handle to something of root's, for copying its mount.
+fn handle(dir: impl AsRef<Path>, name: &str) -> std::io::Result<OwnedFd> {
+    open_beneath(dir.as_ref(), name, OFlags::PATH, 0)
+}

@@ -1,0 +1,92 @@
+//! The channel between warden and casemate-net: one JSON message a packet, each with one answer.
+//! Numbers only.
+
+use api::warden::Open;
+use serde::{Deserialize, Serialize};
+
+/// Longest message, bytes.
+pub const MESSAGE_MAX_BYTES: usize = 16 << 10;
+
+/// A request.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Ask {
+    /// This slot stands, with these openings; for the next `Rebuild`.
+    Stands {
+        /// The slot.
+        slot: u16,
+        /// What is open.
+        open: Vec<Open>,
+    },
+    /// Replaces the whole firewall by what stands.
+    Rebuild,
+    /// Makes the slot's tap, and lets its own addresses in; opens nothing. The tap comes with the
+    /// answer.
+    Tap {
+        /// The slot.
+        slot: u16,
+    },
+    /// Replaces the slot's openings.
+    Open {
+        /// The slot.
+        slot: u16,
+        /// What is open; nothing else is.
+        open: Vec<Open>,
+    },
+    /// Takes the slot out. Idempotent.
+    Remove {
+        /// The slot.
+        slot: u16,
+    },
+    /// Counts the slot's dropped packets.
+    Dropped {
+        /// The slot.
+        slot: u16,
+    },
+}
+
+/// An answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Said {
+    /// It is so.
+    Done,
+    /// Packets dropped.
+    Dropped {
+        /// Towards the guest.
+        inward: u64,
+        /// From the guest.
+        outward: u64,
+    },
+    /// It could not; for the operator.
+    Failed(String),
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use api::warden::Source;
+    use proptest::prelude::*;
+
+    #[test]
+    fn the_longest_request_fits() {
+        let open = Open {
+            source: Source::Slot(u16::MAX),
+            port: u16::MAX,
+        };
+        let longest = Ask::Stands {
+            slot: u16::MAX,
+            open: vec![open; 64],
+        };
+        assert!(serde_json::to_vec(&longest).unwrap().len() < MESSAGE_MAX_BYTES);
+    }
+
+    proptest! {
+        #[test]
+        fn survives_any_message(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = serde_json::from_slice::<Ask>(&bytes);
+            let _ = serde_json::from_slice::<Said>(&bytes);
+        }
+    }
+}
