@@ -112,7 +112,7 @@ fn start(world: &World, w: &Arc<Warden>, slot: u16, net: &VmOpened) -> Attach {
     .unwrap();
     let hex = |b: &[u8]| -> String { b.iter().map(|b| format!("{b:02x}")).collect() };
     let grant = serde_json::json!({
-        "workspace": WORKSPACE, "start_id": START,
+        "workspace": WORKSPACE, "start_id": START, "run": 1,
         "disk_key": hex(&[3; 32]), "identity_seed": hex(&[9; 32]),
         "config_digest": hex(&seal::hash::sha256(config.as_bytes())),
         "mint_key": mint.public().to_string(), "gateway_key": mint.public().to_string(),
