@@ -9,7 +9,7 @@ const WORKSPACES: usize = 16;
 /// Users of VMMs, of disk processes and of vmctls; see warden's limits.
 const VMMS: std::ops::Range<u32> = 900_000..910_000;
 const DISKS: std::ops::Range<u32> = 910_000..920_000;
-const VMCTLS: std::ops::Range<u32> = 920_000..929_999;
+const VMCTLS: std::ops::Range<u32> = 920_000..929_998;
 
 pub(super) fn run(args: &Args) -> Result<()> {
     let runtime = runtime()?;
