@@ -98,6 +98,8 @@ impl AttachError {
 pub struct Workspace {
     /// Auth and files; the task table is made by the runtime.
     pub auth: Auth,
+    /// The signed token state, if the disk does not hold it yet.
+    pub unkept: Option<String>,
     /// The workspace's files.
     pub files: Arc<crate::fsroot::FsRoot>,
     /// Starts its processes.
@@ -134,7 +136,7 @@ pub fn attach(attach: &Attach, device: &Device) -> Result<Workspace, AttachError
     disk_mount(&device.partition, length_bytes)?;
     reserve_release();
     laps.lap("mount");
-    let auth = auth(&identity, &attach.token_state)?;
+    let (auth, kept) = auth(&identity, &attach.token_state)?;
     laps.lap("token_state");
     let boot_id = boot_id_file(&reseeded).map_err(step("writing the boot id"))?;
     let root = rootfs::assemble(&rootfs::Parts {
@@ -151,6 +153,7 @@ pub fn attach(attach: &Attach, device: &Device) -> Result<Workspace, AttachError
     laps.lap("network");
     Ok(Workspace {
         auth,
+        unkept: (!kept).then(|| attach.token_state.clone()),
         files: Arc::new(root.files),
         launcher: Launcher::new(Some(root.namespace), &config.env),
         tls,
@@ -254,8 +257,9 @@ fn config_check(text: &str, identity: &Identity) -> Result<GuestConfig, AttachEr
     Ok(config)
 }
 
-/// Starts from the newer of the host's token state and the one on the disk.
-fn auth(identity: &Identity, given: &str) -> Result<Auth, AttachError> {
+/// Starts from the newer of the host's token state and the one on the disk; whether that is the
+/// one on the disk.
+fn auth(identity: &Identity, given: &str) -> Result<(Auth, bool), AttachError> {
     let state = |signed: &str| state_verify(&identity.workspace, &identity.mint_key, signed);
     let new = state(given).map_err(|_| AttachError::TokenState)?;
     let public = seal::tls::Identity::from_seed(&identity.identity_seed).public();
@@ -263,12 +267,11 @@ fn auth(identity: &Identity, given: &str) -> Result<Auth, AttachError> {
         return Err(AttachError::TokenState);
     }
     let stored = fs::read_to_string(TOKEN_STATE).unwrap_or_default();
-    let newest = match state(&stored) {
-        Ok(held) if held.seq > new.seq => stored.as_str(),
-        _ => {
-            unless_full(token_state_store(Path::new(TOKEN_STATE), given))
-                .map_err(step("storing the token state"))?;
-            given
+    let (newest, kept) = match state(&stored) {
+        Ok(held) if held.seq > new.seq => (held, true),
+        held => {
+            let kept = held.is_ok_and(|h| h.seq == new.seq);
+            (new, kept)
         }
     };
     let (workspace, mint, gateway) = (
@@ -276,7 +279,7 @@ fn auth(identity: &Identity, given: &str) -> Result<Auth, AttachError> {
         identity.mint_key,
         identity.gateway_key,
     );
-    Auth::new(workspace, mint, gateway, newest).map_err(|_| AttachError::TokenState)
+    Ok((Auth::of(workspace, mint, gateway, newest), kept))
 }
 
 /// A workspace that filled its disk must still start, or its owner could never make room: what

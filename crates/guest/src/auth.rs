@@ -84,12 +84,23 @@ impl Auth {
         signed_state: &str,
     ) -> Result<Self, StateError> {
         let state = state_verify(&workspace, &mint_key, signed_state)?;
-        Ok(Self {
+        Ok(Self::of(workspace, mint_key, gateway_key, state))
+    }
+
+    /// Starts from a token state that [`state_verify`] gave.
+    #[must_use]
+    pub fn of(
+        workspace: WorkspaceId,
+        mint_key: VerifyingKey,
+        gateway_key: VerifyingKey,
+        verified: TokenState,
+    ) -> Self {
+        Self {
             workspace,
             mint_key,
             gateway_key,
-            state: watch::Sender::new(state),
-        })
+            state: watch::Sender::new(verified),
+        }
     }
 
     /// Judges a request by its `Authorization` header.

@@ -130,6 +130,7 @@ fn up(workspace: Workspace, sender: &Sender, receiver: Receiver) -> Result<(), B
         .map_err(step("starting the runtime"))?;
     let Workspace {
         auth,
+        unkept,
         files,
         launcher,
         tls,
@@ -150,7 +151,7 @@ fn up(workspace: Workspace, sender: &Sender, receiver: Receiver) -> Result<(), B
         let state = Some(TOKEN_STATE.into());
         let service = Service::new(auth, tasks, files, memory_bytes(), state);
         tokio::spawn(serve_edge(edge, tls, Arc::clone(&service)));
-        tokio::spawn(serve_direct(direct, service));
+        tokio::spawn(serve_direct(direct, Arc::clone(&service)));
         let kernel = rustix::system::uname()
             .release()
             .to_string_lossy()
@@ -158,6 +159,10 @@ fn up(workspace: Workspace, sender: &Sender, receiver: Receiver) -> Result<(), B
         laps.lap("listen");
         let steps = laps.steps();
         tell(sender, &FromGuest::Up(Up { kernel, steps }));
+        if let Some(signed) = unkept {
+            let seq = service.auth().state().seq;
+            service.state_keep(signed, seq);
+        }
         while let Some(received) = messages.recv().await {
             match received {
                 Received::Message(message) => match *message {

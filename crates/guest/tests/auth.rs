@@ -163,8 +163,16 @@ async fn raising_the_epoch_ends_streams_and_tokens_at_once() {
         answer.json(),
         json!({"success": true, "epoch": 4, "seq": 11})
     );
-    let kept = std::fs::read_to_string(world.dir.path().join("state/token-state")).unwrap();
-    assert_eq!(kept, world.signed_state(&raised));
+    // The answer does not wait for the disk.
+    let (kept, wanted) = (
+        world.dir.path().join("state/token-state"),
+        world.signed_state(&raised),
+    );
+    let deadline = tokio::time::Instant::now() + world::DEADLINE;
+    while std::fs::read_to_string(&kept).ok().as_ref() != Some(&wanted) {
+        assert!(tokio::time::Instant::now() < deadline, "it is not kept");
+        tokio::task::yield_now().await;
+    }
     let cut = world::answer(streams.remove(1)).await;
     cut.failed(401, "unauthorized");
     let rest = tokio::time::timeout(world::DEADLINE, streams[0].read_to_end(&mut seen)).await;

@@ -20,8 +20,9 @@ pub const KILL_WAIT: Duration = Duration::from_secs(2);
 
 /// Memory of the VMM and vmctl besides the guest's own, MiB.
 pub const VMM_OVERHEAD_MB: u64 = 128;
-/// Memory of one disk process, MiB.
-pub const DISK_MEMORY_MB: u64 = 128;
+/// Memory of one disk process, MiB: its own (a few), and the host's page cache of the volume's
+/// ciphertext, which is charged to it and given back under pressure.
+pub const DISK_MEMORY_MB: u64 = 512;
 /// Memory the kernel must not take from a disk process (cgroup v2), MiB.
 pub const DISK_MEMORY_MIN_MB: u64 = 16;
 /// Threads of a VMM (its pool for file I/O alone may have 64) and its vmctl, besides virtual CPUs.

@@ -11,7 +11,7 @@ mod request;
 
 use std::convert::Infallible;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use hyper::body::Incoming;
 use hyper::header::AUTHORIZATION;
@@ -43,6 +43,8 @@ pub struct Service {
     write_max_bytes: usize,
     /// Where the newest token state is kept for the next start.
     state_path: Option<PathBuf>,
+    /// The sequence number of the one that is kept.
+    state_kept: Mutex<Option<u64>>,
 }
 
 impl Service {
@@ -64,7 +66,26 @@ impl Service {
             write_room: Arc::new(Semaphore::new(write_max_bytes)),
             write_max_bytes,
             state_path,
+            state_kept: Mutex::default(),
         })
+    }
+
+    /// Keeps a token state for the next start, unless a newer one is kept. Nobody waits for it:
+    /// what it revokes has ended already, and at the next start the host's own newest counts too.
+    pub fn state_keep(self: &Arc<Self>, signed: String, seq: u64) {
+        let Some(path) = self.state_path.clone() else {
+            return;
+        };
+        let service = Arc::clone(self);
+        tokio::task::spawn_blocking(move || {
+            let mut kept = service
+                .state_kept
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            if kept.is_none_or(|k| seq > k) && token_state_store(&path, &signed).is_ok() {
+                *kept = Some(seq);
+            }
+        });
     }
 
     /// The exec tasks.
@@ -282,7 +303,7 @@ async fn route(service: &Arc<Service>, request: Request<Incoming>) -> Reply {
     }
 }
 
-async fn token_state(service: &Service, request: Request<Incoming>) -> Reply {
+async fn token_state(service: &Arc<Service>, request: Request<Incoming>) -> Reply {
     #[derive(serde::Deserialize)]
     #[serde(deny_unknown_fields)]
     struct Body {
@@ -292,12 +313,7 @@ async fn token_state(service: &Service, request: Request<Incoming>) -> Reply {
     let body: Body = request::body_json(request).await?;
     match service.auth.state_raise(&body.signed) {
         Ok(state) => {
-            if let Some(path) = service.state_path.clone() {
-                // What was allowed has ended already; keeping it is for the next start, when the
-                // host's own newest state counts too.
-                let store = move || token_state_store(&path, &body.signed);
-                let _ = tokio::task::spawn_blocking(store).await;
-            }
+            service.state_keep(body.signed, state.seq);
             let answer = json!({"success": true, "epoch": state.epoch, "seq": state.seq});
             reply::json(200, &answer)
         }

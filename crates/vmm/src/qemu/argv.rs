@@ -128,7 +128,9 @@ pub fn argv(spec: &Spec) -> Vec<OsString> {
                 "-accel",
                 format!("tcg,thread=multi,tb-size={TRANSLATOR_MIB}"),
             )
-            .opt("-cpu", "max"),
+            // Without the flags that make guests copy and clear memory by single string
+            // instructions: the translator does those byte by byte.
+            .opt("-cpu", "max,-erms,-fsrm"),
         // Nested hosts refuse MSR 0x10a.
         Accel::Kvm => a
             .opt("-accel", "kvm")
