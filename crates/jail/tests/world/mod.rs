@@ -138,7 +138,7 @@ impl World {
             handle,
             ctl: BufReader::new(ctl),
             _agent: agent,
-            _err: err,
+            err: err.into(),
         }
     }
 
@@ -258,7 +258,7 @@ pub struct Jail {
     pub handle: Handle,
     ctl: BufReader<UnixStream>,
     _agent: UnixStream,
-    _err: OwnedFd,
+    err: std::fs::File,
 }
 
 impl Jail {
@@ -277,7 +277,12 @@ impl Jail {
         assert!(readable(self.handle.pidfd(), ANSWER), "a silent process");
         match self.handle.reap() {
             Some(status) if status > 128 => Err(End::Signal(status - 128)),
-            _ => Err(End::Exited),
+            _ => {
+                let mut said = [0u8; 2048];
+                let n = self.err.read(&mut said).unwrap();
+                eprintln!("ended by itself: {}", String::from_utf8_lossy(&said[..n]));
+                Err(End::Exited)
+            }
         }
     }
 

@@ -165,7 +165,7 @@ impl Tracer {
             Verdict::Word(address, value) => ptrace(libc::PTRACE_POKEDATA, pid, address, value),
             Verdict::Relative(address) => {
                 let mut regs = registers(pid);
-                regs.rsi = address + 1;
+                regs.rdi = address + 1;
                 ptrace(libc::PTRACE_SETREGS, pid, 0, &raw const regs as u64);
             }
         }
@@ -201,8 +201,8 @@ impl Tracer {
             libc::SYS_chdir if without(Part::Root) && text(pid, args[0]) == "/" => {
                 Verdict::Answer(0)
             }
-            libc::SYS_openat if without(Part::Root) && text(pid, args[1]) == jail::plan::VMM => {
-                Verdict::Relative(args[1])
+            libc::SYS_open if without(Part::Root) && text(pid, args[0]) == jail::plan::VMM => {
+                Verdict::Relative(args[0])
             }
             libc::SYS_mount if without(Part::ReadOnly) && args[3] & libc::MS_REMOUNT != 0 => {
                 Verdict::Argument(3, args[3] & !libc::MS_RDONLY)
