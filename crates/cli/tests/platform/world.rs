@@ -264,7 +264,7 @@ fn scratch() -> PathBuf {
 }
 
 /// The artifacts of `cargo xtask image`.
-fn artifacts() -> PathBuf {
+pub(crate) fn artifacts() -> PathBuf {
     match std::env::var_os("CASEMATE_ARTIFACTS") {
         Some(dir) => dir.into(),
         None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/artifacts"),
