@@ -618,7 +618,7 @@ const ESCAPES: &[Escape] = &[
         let mut n = 0;
         while n < 600 {
             let thread = std::thread::Builder::new().stack_size(16 << 10);
-            if thread.spawn(|| std::thread::park()).is_err() {
+            if thread.spawn(std::thread::park).is_err() {
                 break;
             }
             n += 1;

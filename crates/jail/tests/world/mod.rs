@@ -149,6 +149,8 @@ impl World {
         command.arg("--root").arg(&self.dir).env_clear();
         command.stdin(Stdio::from(theirs)).stdout(Stdio::null());
         let tracer = Tracer::prepare(&mut command, parts);
+        // A traced launcher is reaped by its tracer.
+        #[allow(clippy::zombie_processes)]
         let mut launcher = command.spawn().unwrap();
         // It holds the other end of the channel.
         drop(command);
@@ -577,10 +579,8 @@ fn undo(world: &World, row: &Row) {
 pub fn escapes(world: &World, parts: &[Part]) -> Vec<Row> {
     // Whatever the jail does not keep in is kept in by this: the machine's name is nobody's toy.
     // SAFETY: this thread's namespaces only.
-    assert_eq!(
-        unsafe { libc::unshare(libc::CLONE_NEWUTS | libc::CLONE_NEWIPC) },
-        0
-    );
+    let done = unsafe { libc::unshare(libc::CLONE_NEWUTS | libc::CLONE_NEWIPC) };
+    assert_eq!(done, 0);
     let outside = Outside::new(world);
     let mut peer = world.jail(7, Start::Template, &[]);
     let args = outside.args(&peer);

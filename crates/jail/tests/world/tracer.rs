@@ -83,10 +83,8 @@ impl Tracer {
         self.group = self.launcher;
         let mut status = 0;
         // SAFETY: `status` is there to be written.
-        assert_eq!(
-            unsafe { libc::waitpid(self.launcher, &raw mut status, 0) },
-            self.launcher
-        );
+        let pid = unsafe { libc::waitpid(self.launcher, &raw mut status, 0) };
+        assert_eq!(pid, self.launcher);
         let options = libc::PTRACE_O_TRACESYSGOOD
             | libc::PTRACE_O_TRACECLONE
             | libc::PTRACE_O_TRACEFORK
