@@ -30,7 +30,8 @@ pub(crate) use exec::Direct;
 
 /// The executables of the platform.
 const PACKAGES: &[&str] = &[
-    "audit", "cli", "control", "disk", "edge", "host", "jail", "kms", "mint", "net", "vmm", "warden",
+    "audit", "cli", "control", "disk", "edge", "host", "jail", "kms", "mint", "net", "vmm",
+    "warden",
 ];
 
 #[derive(clap::Args)]

@@ -78,7 +78,9 @@ fn crates(root: &Path, faults: &mut Vec<String>) -> anyhow::Result<()> {
             };
             let dep_name = short(full);
             let dev = dep["kind"] == "dev";
-            let part = PARTS.iter().any(|(of, parts)| *of == name && parts.contains(&&*dep_name));
+            let part = PARTS
+                .iter()
+                .any(|(of, parts)| *of == name && parts.contains(&&*dep_name));
             // A test may start a neighbour for real.
             if dev || part {
                 continue;
@@ -167,7 +169,9 @@ fn code(root: &Path, files: &[PathBuf], faults: &mut Vec<String>) -> anyhow::Res
             lines += code_lines(&std::fs::read_to_string(root.join(file))?);
         }
         if lines > *max {
-            faults.push(format!("crates/{name}: {lines} lines of code, at most {max}"));
+            faults.push(format!(
+                "crates/{name}: {lines} lines of code, at most {max}"
+            ));
         }
     }
     Ok(())

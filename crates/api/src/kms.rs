@@ -207,7 +207,11 @@ impl AnchorStatement {
     pub fn covered(workspace: &WorkspaceId, anchor: &Anchor) -> Vec<u8> {
         // Ids, numbers and hex hold no `|`.
         let Anchor { run, batch, root } = anchor;
-        format!("{}|{workspace}|{run}|{batch}|{root}", crate::context::ANCHOR).into_bytes()
+        format!(
+            "{}|{workspace}|{run}|{batch}|{root}",
+            crate::context::ANCHOR
+        )
+        .into_bytes()
     }
 }
 

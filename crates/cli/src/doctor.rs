@@ -242,7 +242,8 @@ fn digest(path: &Path) -> std::io::Result<Option<String>> {
     };
     let mut bytes = Vec::new();
     // One byte above the bound makes it another file's digest.
-    file.take(EXECUTABLE_MAX_BYTES + 1).read_to_end(&mut bytes)?;
+    file.take(EXECUTABLE_MAX_BYTES + 1)
+        .read_to_end(&mut bytes)?;
     Ok(Some(hex::encode(seal::hash::sha256(&bytes))))
 }
 

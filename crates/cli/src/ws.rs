@@ -348,7 +348,8 @@ async fn lifecycle(client: &Client, args: &LifecycleArgs, as_json: bool) -> anyh
     let path = format!("/workspace/{}/lifecycle", args.workspace);
     if let Some(ttl) = &args.ttl {
         let action = args.ttl_action.as_deref().unwrap_or("stop");
-        let body = json!({ "ttl": ttl, "ttl_action": action, "remove_on_exit": args.remove_on_exit });
+        let body =
+            json!({ "ttl": ttl, "ttl_action": action, "remove_on_exit": args.remove_on_exit });
         client.post(&format!("{path}/temporary"), &body).await?;
     } else if let Some(action) = &args.ttl_action {
         let body = json!({ "ttl_action": action });
