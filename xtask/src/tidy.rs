@@ -19,8 +19,12 @@ const VOCABULARY: &[(&str, &[&str])] = &[
     ("vmm", &["model", "api"]),
 ];
 
-/// Crates of one daemon's own processes, and who links them: a closed protocol's both ends.
-const PARTS: &[(&str, &[&str])] = &[("warden", &["jail", "net"]), ("net", &["jail"])];
+/// Crates of one process's own helpers, and who links them: a closed protocol's both ends.
+const PARTS: &[(&str, &[&str])] = &[
+    ("warden", &["jail", "net"]),
+    ("net", &["jail"]),
+    ("cli", &["image"]),
+];
 
 /// Root code: at most so many lines of code in the crate.
 const CODE_MAX_LINES: &[(&str, usize)] = &[("warden", 2000)];
