@@ -213,7 +213,8 @@ fn driver(paths: &Paths) -> Finding {
     } else {
         Path::new("/").join(QEMU)
     };
-    let kvm = vmm::kvm::probe(&qemu, &std::env::temp_dir());
+    // Root's own, and there before anything is installed.
+    let kvm = vmm::kvm::probe(&qemu, Path::new("/run"));
     let firecracker = artifacts.join(vmm::firecracker::pin::ARTIFACT);
     let found = match digest(&firecracker) {
         Ok(digest) => vmm::driver::Found::of(digest.as_deref()),
