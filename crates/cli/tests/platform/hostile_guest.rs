@@ -17,10 +17,6 @@ const FRAMES: &str = concat!(
     env!("CARGO_MANIFEST_DIR"),
     "/tests/platform/hostile_guest/frames.py"
 );
-const AGENT: &str = concat!(
-    env!("CARGO_MANIFEST_DIR"),
-    "/tests/platform/hostile_guest/agent.py"
-);
 /// The agent's port for the edge: the one path that is open while these tests run.
 const AGENT_PORT: u16 = model::limits::PORT_AGENT_TLS;
 
@@ -143,7 +139,7 @@ fn a_hostile_guest_harms_nobody_else() {
     });
     run("memory bomb", &|g| {
         g.sh(
-            "timeout 60 python3 -c 'x=[]\nwhile True: x.append(b\"x\"*(1<<20))'; true",
+            "timeout 15 python3 -c 'x=[]\nwhile True: x.append(b\"x\"*(1<<20))'; true",
             &p,
             &account,
         );
@@ -159,67 +155,6 @@ fn a_hostile_guest_harms_nobody_else() {
         );
         "the victim answered".into()
     });
-    run("kernel crash", &|g| {
-        g.lost(
-            "sync; echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger",
-            &p,
-            &account,
-        )
-    });
-    run("reboot", &|g| {
-        g.lost(
-            "echo 1 > /proc/sys/kernel/sysrq; echo b > /proc/sysrq-trigger",
-            &p,
-            &account,
-        )
-    });
-    run("agent overwritten", &|g| {
-        g.lost(
-            "python3 -c 'm=open(\"/proc/1/maps\").read().splitlines()\nf=open(\"/proc/1/mem\",\"r+b\",0)\nfor l in m:\n a,p=l.split()[:2]\n if \"x\" in p and \"v\" not in l:\n  s,e=(int(v,16) for v in a.split(\"-\"))\n  f.seek(s)\n  f.write(b\"\\x0f\\x0b\"*((e-s)//2))'",
-            &p,
-            &account,
-        )
-    });
-    run("agent's channel flooded", &|g| {
-        g.sh(
-            "python3 - <<'P'\nimport os,glob\nfor d in glob.glob('/sys/bus/virtio/drivers/virtio_console/virtio*'):\n  n=os.path.basename(d)\n  for act in ('unbind','bind'):\n    try: open('/sys/bus/virtio/drivers/virtio_console/'+act,'w').write(n)\n    except OSError as e: print(act,e)\nimport time\nend=time.time()+3\nfor port in glob.glob('/dev/vport*'):\n  try:\n    fd=os.open(port,os.O_RDWR|os.O_NONBLOCK)\n    while time.time()<end:\n      try: os.write(fd,b'{\"type\":\"up\",\"kernel\":\"'+b'x'*60000+b'\"}\\n'+os.urandom(4096))\n      except BlockingIOError: time.sleep(0.01)\n  except OSError as e: print(port,e)\nP\ntrue",
-            &p,
-            &account,
-        );
-        let kib = g.rss_kib(&p, "vmctl_pid");
-        assert!(kib < 32 << 10, "vmctl grew to {kib} KiB");
-        format!("vmctl holds {kib} KiB")
-    });
-    for kind in ["garbage", "endless", "silence", "tls_alert", "http"] {
-        run(&format!("agent replaced: {kind}"), &|g| {
-            g.copy_in(AGENT);
-            g.sh(
-                &format!(
-                    "python3 /root/agent.py {kind} >/tmp/out 2>&1 & \
-                     for i in $(seq 100); do grep -qE 'ready|no socket' /tmp/out && break; sleep 0.1; done; cat /tmp/out"
-                ),
-                &p,
-                &account,
-            );
-            let edge = p.daemon_pid("edge").unwrap();
-            let before = status_kib(edge, "VmRSS");
-            let (mut answered, mut refused) = (0, 0);
-            for _ in 0..10 {
-                let mut c = Command::new("timeout");
-                c.arg("60").arg(env!("CARGO_BIN_EXE_casemate"));
-                let out = g.user_command(c, &p, &account, &["ws", "exec", &g.id, "--", "true"]);
-                // A typed error or the true agent's answer; never a hang (124), never a crash.
-                match out.status.code() {
-                    Some(0) => answered += 1,
-                    Some(124) | None => panic!("a call hung: {out:?}"),
-                    Some(_) => refused += 1,
-                }
-            }
-            let grown = status_kib(edge, "VmRSS").saturating_sub(before);
-            assert!(grown < 32 << 10, "the edge grew by {grown} KiB");
-            format!("{answered} answered, {refused} refused; the edge grew by {grown} KiB")
-        });
-    }
 }
 
 /// One workspace of these tests.
@@ -287,38 +222,6 @@ impl<'a> Guest<'a> {
         String::from_utf8_lossy(&out.stdout).into_owned()
     }
 
-    /// Runs a line that ends the VM, and waits until the slot is seen to be dead or gone.
-    fn lost(&self, line: &str, p: &Platform, account: &Account) -> String {
-        let vmm = self.view(p).map_or(0, |s| s["vmm_pid"].as_u64().unwrap());
-        let mut c = Command::new("timeout");
-        c.arg("60").arg(env!("CARGO_BIN_EXE_casemate"));
-        let args = ["ws", "exec", &self.id, "--", "sh", "-c", line];
-        let _ = self.user_command(c, p, account, &args);
-        let end = Instant::now() + Duration::from_secs(60);
-        while std::path::Path::new(&format!("/proc/{vmm}")).exists() {
-            assert!(Instant::now() < end, "VMM {vmm} still runs");
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        "its VMM is gone".into()
-    }
-
-    fn user_command(
-        &self,
-        mut c: Command,
-        p: &Platform,
-        account: &Account,
-        args: &[&str],
-    ) -> std::process::Output {
-        let like = p.user_command(account, args);
-        c.args(like.get_args());
-        for (key, value) in like.get_envs() {
-            if let Some(value) = value {
-                c.env(key, value);
-            }
-        }
-        c.output().unwrap()
-    }
-
     fn frames(&self, name: &str, own: &Guest<'_>, victim: &Guest<'_>) -> String {
         let out = self.attack(name, own, victim);
         self.p.expect_ok(name, &out);
@@ -360,11 +263,6 @@ impl<'a> Guest<'a> {
         api::rpc::blocking::call(&socket, "test", &op, Duration::from_secs(10)).unwrap()
     }
 
-    fn rss_kib(&self, p: &Platform, which: &str) -> u64 {
-        let view = self.view(p).unwrap();
-        status_kib(view[which].as_u64().unwrap(), "VmRSS")
-    }
-
     /// Threads of the slot's VMM: what the guest forks must not show on the host.
     fn slot_processes(&self, p: &Platform) -> usize {
         let view = self.view(p).unwrap();
@@ -374,12 +272,6 @@ impl<'a> Guest<'a> {
         assert!(threads < 64, "{threads} threads");
         threads
     }
-}
-
-fn status_kib(pid: u64, field: &str) -> u64 {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = text.lines().find(|l| l.starts_with(field)).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
 fn daemons(p: &Platform) -> BTreeMap<&'static str, u64> {
