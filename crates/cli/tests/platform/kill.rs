@@ -42,8 +42,13 @@ fn a_killed_process_leaves_nothing_behind() {
         let act = ["create", "stop", "start", "rm"][next(&mut seed) as usize % 4];
         let delay = Duration::from_millis(next(&mut seed) % 250);
         println!("round {round}: {act}, {victim} killed after {delay:?}");
-        // What the act needs.
-        let id = (act != "create").then(|| created(&ws(&["--json", "ws", "create"])));
+        // What the act needs. A KMS that was killed may still be sealed for a moment.
+        let id = (act != "create").then(|| {
+            until(|| {
+                let out = ws(&["--json", "ws", "create"]);
+                out.status.success().then(|| created(&out))
+            })
+        });
         if act == "start" {
             p.expect_ok("stop", &ws(&["ws", "stop", id.as_deref().unwrap()]));
         }

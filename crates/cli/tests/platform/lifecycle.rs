@@ -93,7 +93,7 @@ fn workspaces_pause_end_restart_and_grow() {
     let refused = p.as_user(&u.account, &["ws", "exec", &id, "--", "true"]);
     assert!(!refused.status.success());
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
-    assert!(said.contains("paused"), "{said}");
+    assert!(said.contains("vm_not_running"), "{said}");
     // A pause outlasts host and control.
     for name in ["host", "control"] {
         let pid = p.daemon_pid(name).unwrap();
