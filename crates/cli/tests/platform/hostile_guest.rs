@@ -129,24 +129,6 @@ fn a_hostile_guest_harms_nobody_else() {
         p.expect_ok("full", &g.exec(&["test", "-s", "/fill"], &p, &account));
         format!("{} MiB on the host, of 256; starts again", bytes >> 20)
     });
-    run("fork bomb", &|g| {
-        g.sh(
-            "timeout 5 python3 -c 'import os,time\nend=time.time()+4\nwhile time.time()<end:\n try: os.fork()\n except OSError: pass'; true",
-            &p,
-            &account,
-        );
-        format!("{} processes on the slot's cgroup", g.slot_processes(&p))
-    });
-    run("memory bomb", &|g| {
-        g.sh(
-            "timeout 15 python3 -c 'x=[]\nwhile True: x.append(b\"x\"*(1<<20))'; true",
-            &p,
-            &account,
-        );
-        let bytes = g.counters(&p).memory_bytes;
-        assert!(bytes < (256 + 128 + 1024) << 20, "{bytes} bytes");
-        format!("the VMM's group holds {} MiB", bytes >> 20)
-    });
     run("CPU spin", &|g| {
         g.sh(
             "for i in 1 2 3 4; do timeout 3 sh -c 'while :; do :; done' & done; wait; true",
@@ -251,26 +233,10 @@ impl<'a> Guest<'a> {
         )
     }
 
-    fn view(&self, p: &Platform) -> Option<serde_json::Value> {
-        p.slots()
-            .into_iter()
-            .find(|s| s["workspace"] == self.id.as_str())
-    }
-
     fn counters(&self, p: &Platform) -> api::warden::Counters {
         let socket = p.root().join("run/casemate/warden/warden.sock");
         let op = api::warden::Op::Counters { slot: self.slot };
         api::rpc::blocking::call(&socket, "test", &op, Duration::from_secs(10)).unwrap()
-    }
-
-    /// Threads of the slot's VMM: what the guest forks must not show on the host.
-    fn slot_processes(&self, p: &Platform) -> usize {
-        let view = self.view(p).unwrap();
-        let threads = std::fs::read_dir(format!("/proc/{}/task", view["vmm_pid"]))
-            .unwrap()
-            .count();
-        assert!(threads < 64, "{threads} threads");
-        threads
     }
 }
 
