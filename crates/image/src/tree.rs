@@ -336,6 +336,11 @@ impl Tree {
             }
             let child = match self.child(here, &name) {
                 Some(child) => child,
+                // A link's text may name it; an entry may not.
+                None if make && name.starts_with(WHITEOUT) => {
+                    let what = "a symbolic link on the way leads below a whiteout";
+                    return Err(Refusal::new(Code::Whiteout, what));
+                }
                 None if make => {
                     let meta = Meta {
                         mode: 0o755,

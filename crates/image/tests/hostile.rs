@@ -107,6 +107,13 @@ fn paths() -> Vec<Case> {
                 .plain(tar().file("out/evil", b"x").end()),
         ),
         case(
+            "a lower layer's symlink below a whiteout",
+            Code::Whiteout,
+            Layout::default()
+                .plain(tar().symlink("out", ".wh.a").end())
+                .plain(tar().file("out/evil", b"x").end()),
+        ),
+        case(
             "a symlink to itself",
             Code::ThroughSymlink,
             Layout::default()
