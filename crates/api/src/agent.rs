@@ -61,6 +61,9 @@ pub enum ToGuest {
     Rehearse,
     /// The disk is there: become the workspace.
     Attach(Attach),
+    /// It was asleep, or is what a snapshot kept: take a fresh seed from the identity block, set
+    /// clock, address and token state, then say `up`.
+    Wake(Wake),
     /// The machine's clock, after a pause.
     Clock {
         /// ns since the epoch.
@@ -82,6 +85,22 @@ pub struct Attach {
     /// Signed `mint::TokenState`.
     pub token_state: String,
     /// IPv4 address.
+    pub ip: String,
+    /// Prefix length.
+    pub prefix: u8,
+    /// Default gateway.
+    pub gateway: String,
+}
+
+/// What the agent is told when its memory was woken. The config is the one that it has.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Wake {
+    /// ns since the epoch.
+    pub time_unix_ns: u64,
+    /// Signed `mint::TokenState`.
+    pub token_state: String,
+    /// IPv4 address: maybe another than before.
     pub ip: String,
     /// Prefix length.
     pub prefix: u8,

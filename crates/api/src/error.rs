@@ -80,6 +80,8 @@ codes! {
     KeyRefused = "key_refused", 403;
     /// A disk that was changed, cut off or rolled back while it was at rest.
     DiskTampered = "disk_tampered", 409;
+    /// Saved memory that can't be woken on this disk or by this VMM any more; a plain start can.
+    MemoryStale = "memory_stale", 409;
     /// A disk that is not what it should be.
     DiskCorrupt = "disk_corrupt", 409;
 }

@@ -25,6 +25,19 @@ pub enum Op {
         /// How long the agent may take, ms; at most 120,000.
         wait_ms: u64,
     },
+    /// Stops the virtual CPUs, and writes memory and the devices' state to the file that warden
+    /// handed over (`warden::Op::MemoryGrant`). The workspace is paused afterwards, also when it
+    /// fails; [`Op::Resume`] continues it. Answer, once it is durable: [`Status`].
+    MemorySave,
+    /// Continues the memory that the VM was opened with, on the disk that warden handed over, and
+    /// waits until its agent says that it is up. In the place of [`Op::Prepare`] and
+    /// [`Op::Attach`]. Answer: [`crate::agent::Up`].
+    Wake {
+        /// What the agent is told.
+        wake: Box<crate::agent::Wake>,
+        /// How long the agent may take, ms; at most 120,000.
+        wait_ms: u64,
+    },
     /// Stops the virtual CPUs. Answer: [`Status`].
     Pause,
     /// Continues them. Answer: [`Status`].
@@ -50,6 +63,11 @@ pub enum WardenOp {
         /// Size of the file, bytes.
         size_bytes: u64,
     },
+    /// Keep the file whose descriptor comes with this: memory is saved to it, once
+    /// ([`Op::MemorySave`]). It can be written and not read. Answer: `true`.
+    MemoryFd,
+    /// Let go of that file. Answer: `true`.
+    MemoryDrop,
 }
 
 /// How far the VM is.

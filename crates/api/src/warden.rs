@@ -54,6 +54,10 @@ pub enum Op {
         /// Processes and threads of the VMM; 0 is warden's own bound.
         #[serde(default)]
         pids: u32,
+        /// Begin the disk anew, as a copy of this workspace's `snapshot_disk`: its own to restore,
+        /// another's to fork. What the disk was is gone once the grant is answered.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        from: Option<WorkspaceId>,
     },
     /// Gives the disk process its sealed grant; it opens (or, if the disk is new, formats) the
     /// volume; the file goes to vmctl. Answer: `true`.
@@ -64,6 +68,75 @@ pub enum Op {
         sealed: String,
         /// `kms::Released::aad`.
         aad: String,
+        /// The same for the disk that it is a copy of.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        from: Option<Sealed>,
+    },
+    /// Has the slot's disk process attested for a copy of its disk, the snapshot's. The VM must be
+    /// paused until it is granted. Answer: [`Attested`].
+    SnapshotDiskOpen {
+        /// The slot; must have its disk.
+        slot: u16,
+        /// The lease's start.
+        start_id: StartId,
+        /// The lease's nonce, 32 bytes hex.
+        nonce: String,
+    },
+    /// Gives it the copy's key: the disk as it stands is encrypted again into the workspace's
+    /// `snapshot_disk`, in the place of the one before. Answer, once that is durable: `true`.
+    SnapshotDiskGrant {
+        /// The slot.
+        slot: u16,
+        /// `kms::Released::sealed`.
+        sealed: String,
+        /// `kms::Released::aad`.
+        aad: String,
+    },
+    /// Spawns a process on the slot that serves memory of the workspace, and attests it.
+    /// Answer: [`Attested`].
+    MemoryOpen {
+        /// The slot; to save, it must have its disk; to wake, it must be free.
+        slot: u16,
+        /// The workspace; to save, the slot's.
+        workspace: WorkspaceId,
+        /// The lease's start.
+        start_id: StartId,
+        /// `memory` or `snapshot_memory`.
+        purpose: Purpose,
+        /// The lease's nonce, 32 bytes hex.
+        nonce: String,
+        /// Save the slot's VM to a new image. Otherwise wake from the one that is there.
+        save: bool,
+    },
+    /// Gives that process its sealed grant. To save: a new image is made and vmctl has its file
+    /// (`vmctl::Op::MemorySave`). To wake: the image is opened, and the slot's VM is made on it
+    /// as by [`Op::VmOpen`]; its disk comes next. Answer: [`Memory`].
+    MemoryGrant {
+        /// The slot.
+        slot: u16,
+        /// `kms::Released::sealed`.
+        sealed: String,
+        /// `kms::Released::aad`.
+        aad: String,
+    },
+    /// Ends a save. Answer, once it is durable: `true`.
+    MemoryEnd {
+        /// The slot.
+        slot: u16,
+        /// What becomes of what was saved.
+        end: MemoryEnd,
+    },
+    /// Removes one of the workspace's objects. Idempotent. Answer: `true`.
+    ObjectErase {
+        /// The workspace.
+        workspace: WorkspaceId,
+        /// The object; must not be on a slot.
+        purpose: Purpose,
+    },
+    /// What of a workspace is at rest on this machine. Answer: `Vec<`[`Object`]`>`.
+    Objects {
+        /// The workspace.
+        workspace: WorkspaceId,
     },
     /// Replaces the slot's firewall triples, atomically. Answer: `true`.
     NetSet {
@@ -103,6 +176,30 @@ pub enum Start {
     Cold,
     /// Cold boot with shared memory, to be saved as the template.
     Build,
+    /// From saved memory: by [`Op::MemoryGrant`] only.
+    Wake,
+}
+
+/// What becomes of saved memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MemoryEnd {
+    /// It becomes the workspace's image, and the slot is closed: from then on the workspace sleeps.
+    Sleep,
+    /// It becomes the workspace's image; the VM stays as it is.
+    Keep,
+    /// Nothing; the VM stays as it is.
+    Drop,
+}
+
+/// A sealed grant.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sealed {
+    /// `kms::Released::sealed`.
+    pub sealed: String,
+    /// `kms::Released::aad`.
+    pub aad: String,
 }
 
 /// Bounds of a slot's network, each way; 0 is no bound.
@@ -154,6 +251,39 @@ pub struct DiskOpened {
     pub attestation: String,
     /// There was no disk file yet.
     pub fresh: bool,
+    /// Signed `kms::Attestation` of the same process for the snapshot's disk that this one will be
+    /// a copy of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<String>,
+}
+
+/// Answer to [`Op::MemoryOpen`] and [`Op::SnapshotDiskOpen`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Attested {
+    /// Signed `kms::Attestation`.
+    pub attestation: String,
+}
+
+/// Answer to [`Op::MemoryGrant`]: of what VM the memory is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Memory {
+    /// Its image.
+    pub image: ImageId,
+    /// Its memory, MiB.
+    pub memory_mb: u32,
+    /// Its virtual CPUs.
+    pub cpus: u32,
+    /// The slot's network.
+    pub net: VmOpened,
+}
+
+/// Something of a workspace that is at rest here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Object {
+    /// What it is.
+    pub purpose: Purpose,
+    /// What it takes up, bytes.
+    pub bytes: u64,
 }
 
 /// What a slot holds.
@@ -175,7 +305,7 @@ pub struct Slot {
     pub memory_mb: u32,
     /// Virtual CPUs.
     pub cpus: u32,
-    /// The VMM's process id on the host.
+    /// The VMM's process id on the host; 0 while there is none yet ([`SlotState::MemoryWaits`]).
     pub vmm_pid: u32,
     /// The disk process's.
     pub disk_pid: Option<u32>,
@@ -195,6 +325,8 @@ pub enum SlotState {
     DiskWaits,
     /// The disk is with the VMM.
     DiskAttached,
+    /// Memory to wake from waits for its key; there is no VM yet.
+    MemoryWaits,
     /// Something of it died; close it.
     Dead,
 }

@@ -117,6 +117,9 @@ fn blank(sender: &Sender, mut receiver: Receiver) {
                 }
                 Err(error) => sender.send_failed(error.code(), &error.to_string()),
             },
+            ToGuest::Wake(_) => {
+                sender.send_failed("not_attached", "nothing sleeps in this machine")
+            }
             ToGuest::Shutdown => down(sender),
         }
     }
@@ -168,7 +171,7 @@ fn up(workspace: Workspace, sender: &Sender, receiver: Receiver) -> Result<(), B
                 Received::Message(message) => match *message {
                     ToGuest::Clock { time_unix_ns } => clock_set(sender, time_unix_ns),
                     ToGuest::Shutdown => break,
-                    ToGuest::Attach(_) | ToGuest::Rehearse => {
+                    ToGuest::Attach(_) | ToGuest::Rehearse | ToGuest::Wake(_) => {
                         sender.send_failed("already_attached", "a machine is one workspace, once");
                     }
                 },

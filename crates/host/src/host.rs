@@ -462,6 +462,7 @@ fn from(how: Start) -> &'static str {
     match how {
         Start::Template => "template",
         Start::Cold | Start::Build => "cold",
+        Start::Wake => "wake",
     }
 }
 

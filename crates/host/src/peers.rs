@@ -87,6 +87,7 @@ impl Peers {
             bytes_per_s: desired.disk_bytes_per_s,
             ops_per_s: desired.disk_ops_per_s,
             pids: desired.pids,
+            from: None,
         };
         self.warden
             .call_within(lease.start_id.as_str(), &op, GRANT_CALL_MAX)
@@ -111,6 +112,7 @@ impl Peers {
             slot,
             sealed: key.sealed,
             aad: key.aad,
+            from: None,
         };
         self.warden
             .call_within("internal:host", &op, GRANT_CALL_MAX)

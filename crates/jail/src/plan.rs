@@ -289,6 +289,7 @@ fn vmm(mut jail: Jail, kind: Kind, given: &mut Given, root: &Path) -> Step<Jail>
         Start::Template => jail.bind(given.next("memory")?, "/template/memory"),
         Start::Build => jail.bind_write(given.next("memory")?, "/template/memory"),
         Start::Cold => {}
+        Start::Wake => return Err("no VMM wakes yet".into()),
     }
     if how != Start::Cold {
         jail.pass(given.next("state")?);
@@ -314,6 +315,7 @@ pub fn vmm_argv(how: Start, memory_mib: u32, cpus: u32, kvm: bool) -> Vec<String
             Start::Template => How::Template,
             Start::Cold => How::Cold,
             Start::Build => How::Build,
+            Start::Wake => How::Wake,
         },
         memory_mib,
         cpus,
@@ -338,6 +340,7 @@ fn vmctl(
         Start::Template => "template",
         Start::Cold => "cold",
         Start::Build => "build",
+        Start::Wake => "wake",
     };
     let (slot, host) = (slot.to_string(), host_uid.to_string());
     let argv = [

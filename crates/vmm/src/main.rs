@@ -103,7 +103,8 @@ fn args(mut words: impl Iterator<Item = String>) -> Result<Args> {
                     "template" => How::Template,
                     "cold" => How::Cold,
                     "build" => How::Build,
-                    _ => bail!("--how must be template, cold or build"),
+                    "wake" => How::Wake,
+                    _ => bail!("--how must be template, cold, build or wake"),
                 });
             }
             "--host-uid" => host_uid = Some(number()?),

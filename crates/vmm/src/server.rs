@@ -237,6 +237,10 @@ impl<V: Vmm> Server<V> {
                     Ok((id, op)) => {
                         let kept = match op {
                             WardenOp::DiskFd => disk_fd(fd).and_then(|fd| self.vm.disk_keep(fd)),
+                            WardenOp::MemoryFd | WardenOp::MemoryDrop => Err(Error::new(
+                                ErrorCode::NotSupported,
+                                "this VMM can't be put to sleep",
+                            )),
                             WardenOp::DiskMounted => self.vm.disk_keep(DiskFile::Mounted),
                             WardenOp::DiskReady { size_bytes } => {
                                 check_size(size_bytes).and_then(|()| self.vm.disk_ready(size_bytes))

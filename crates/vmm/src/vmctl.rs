@@ -119,6 +119,10 @@ impl<V: Vmm, T> Vm<V, T> {
             Op::PrepareNow => return self.prepare(reply, false, now),
             Op::Attach { attach, wait_ms } => return self.attach(reply, *attach, wait_ms, now),
             Op::Save => self.save(),
+            Op::MemorySave | Op::Wake { .. } => Err(Error::new(
+                ErrorCode::NotSupported,
+                "this VMM can't be put to sleep",
+            )),
             Op::Pause => self.pause(),
             Op::Resume => self.resume(),
         };
@@ -285,6 +289,10 @@ impl<V: Vmm, T> Vm<V, T> {
                 let status = json!(self.status());
                 return self.answers.push((reply, Ok(status)));
             }
+            State::Created if self.how == How::Wake => {
+                let e = self.conflict("it has a workspace in it; wake it");
+                return self.answers.push((reply, Err(e)));
+            }
             State::Created => {}
             _ => {
                 let e = self.conflict("only a VM that did not run yet can be prepared");
@@ -292,14 +300,14 @@ impl<V: Vmm, T> Vm<V, T> {
             }
         }
         let after = match self.how {
-            How::Template => PREPARE_TEMPLATE_MAX,
+            How::Template | How::Wake => PREPARE_TEMPLATE_MAX,
             How::Cold | How::Build => PREPARE_COLD_MAX,
         };
         self.wait(reply, now, after);
         self.rehearses = rehearse || self.how == How::Build;
         let begun = match self.how {
             How::Template => self.vmm.restore().and_then(|()| self.vmm.cont()),
-            How::Cold | How::Build => self.vmm.cont(),
+            How::Cold | How::Build | How::Wake => self.vmm.cont(),
         };
         if let Err(e) = begun {
             return self.fail(vmm_error(&e));
@@ -308,7 +316,7 @@ impl<V: Vmm, T> Vm<V, T> {
             How::Template if self.rehearses => self.rehearse(),
             // It had to run for a moment: a restored VMM's disks are inactive until then.
             How::Template => self.halt(),
-            How::Cold | How::Build => self.state = State::Booting,
+            How::Cold | How::Build | How::Wake => self.state = State::Booting,
         }
     }
 

@@ -52,6 +52,7 @@ fn paths(memory: &Path) -> Paths {
         kernel: dir.join("kernel/vmlinux"),
         initramfs: dir.join("kernel/initramfs.cpio"),
         memory: memory.to_owned(),
+        saved: memory.with_file_name("saved"),
         firmware: dir.join("closure/usr/share/qemu"),
     }
 }
@@ -119,7 +120,7 @@ impl Vm {
         let state = match how {
             How::Template => Some(std::fs::File::open(template.join("state")).unwrap()),
             How::Build => Some(std::fs::File::create(template.join("state")).unwrap()),
-            How::Cold => None,
+            How::Cold | How::Wake => None,
         };
         let spec = Spec {
             how,
@@ -149,6 +150,7 @@ impl Vm {
             How::Template => "template",
             How::Cold => "cold",
             How::Build => "build",
+            How::Wake => "wake",
         };
         let listen = |name: &str| high(UnixListener::bind(dir.path().join(name)).unwrap());
         let ends = [high(qmp), high(agent), listen("host"), listen("warden")];

@@ -162,13 +162,23 @@ impl Warden {
                 let opened = self.disk_open(slot, whose, key, volume)?;
                 json(serde_json::to_value(opened))
             }
-            Op::DiskGrant { slot, sealed, aad } => {
-                self.disk_grant(slot, sealed, aad).map(Into::into)
-            }
+            Op::DiskGrant {
+                slot, sealed, aad, ..
+            } => self.disk_grant(slot, sealed, aad).map(Into::into),
             Op::NetSet { slot, open, .. } => self.net_set(slot, open).map(Into::into),
             Op::SlotClose { slot } => self.slot_close(slot).map(Into::into),
             Op::DiskErase { workspace } => self.disk_erase(&workspace).map(Into::into),
             Op::Counters { slot } => json(serde_json::to_value(self.counters(slot)?)),
+            Op::SnapshotDiskOpen { .. }
+            | Op::SnapshotDiskGrant { .. }
+            | Op::MemoryOpen { .. }
+            | Op::MemoryGrant { .. }
+            | Op::MemoryEnd { .. }
+            | Op::ObjectErase { .. }
+            | Op::Objects { .. } => Err(Error::new(
+                api::ErrorCode::NotSupported,
+                "this host can't put workspaces to sleep",
+            )),
         }
     }
 
@@ -223,6 +233,9 @@ impl Warden {
         check_digest_id("image", &image)?;
         check_range("memory_mb", memory_mb, &bounds::MEMORY_MB)?;
         check_range("cpus", cpus, &bounds::CPUS)?;
+        if how == Start::Wake {
+            return Err(invalid("how must not be wake; see memory_grant"));
+        }
         let cell = self.cell(slot);
         let mut held = lock(&cell);
         if held.is_some() {
@@ -271,7 +284,7 @@ impl Warden {
         let image = self.image(&record.image)?;
         let parts = self.parts(&record.image, memory_mb, cpus)?;
         let boot = match how {
-            Start::Template => vec![],
+            Start::Template | Start::Wake => vec![],
             Start::Cold | Start::Build => {
                 vec![
                     self.artifact(plan::KERNEL)?,
@@ -282,7 +295,7 @@ impl Warden {
         let vmctl_exe = self.program("casemate-vmctl")?;
         self.step(&mut record, Step::Begin)?;
         let files = match how {
-            Start::Cold => None,
+            Start::Cold | Start::Wake => None,
             Start::Template => Some(self.templates.open(&parts)?),
             Start::Build => {
                 let uid = VMM_UID + u32::from(slot);
@@ -322,7 +335,7 @@ impl Warden {
         // A build never gets a disk.
         let disk = match record.how {
             Start::Build => None,
-            Start::Template | Start::Cold => Some(self.disk_spawn(&mut record)?),
+            Start::Template | Start::Cold | Start::Wake => Some(self.disk_spawn(&mut record)?),
         };
         record.vmm = Some(vmm.handle.proc);
         record.vmctl = Some(vmctl.handle.proc);

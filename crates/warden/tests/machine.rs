@@ -332,6 +332,7 @@ fn a_refused_grant_ends_the_vm_and_leaves_no_volume() {
             slot: 7,
             sealed: "refuse".into(),
             aad: "0d".repeat(32),
+            from: None,
         };
         assert!(
             w.answer(grant)

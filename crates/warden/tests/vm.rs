@@ -130,6 +130,7 @@ fn start(world: &World, w: &Arc<Warden>, slot: u16, net: &VmOpened) -> Attach {
         slot,
         sealed,
         aad: hex(&[0x0d; 32]),
+        from: None,
     };
     w.answer(op).unwrap_or_else(|e| panic!("{e:?}"));
     let state = TokenState {

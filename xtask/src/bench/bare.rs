@@ -152,6 +152,7 @@ impl Bare {
                 kernel: kernel.join("vmlinux"),
                 initramfs: kernel.join("initramfs.cpio"),
                 memory: self.template.clone().unwrap_or_default().join("memory"),
+                saved: PathBuf::new(),
                 firmware: self.artifacts.join("closure/usr/share/qemu"),
             },
         }

@@ -199,6 +199,7 @@ impl Doubles {
                 ok(&warden::DiskOpened {
                     attestation: nonce,
                     fresh,
+                    from: None,
                 })
             }
             warden::Op::DiskGrant { slot, sealed, .. } => {
@@ -229,6 +230,7 @@ impl Doubles {
                 ok(&true)
             }
             warden::Op::Counters { .. } => ok(&warden::Counters::default()),
+            op => panic!("host does not ask for {op:?}"),
         }
     }
 
@@ -291,6 +293,7 @@ impl Doubles {
                 x.vm = VmState::Exited;
                 x.reason = Some("shutdown".into());
             }
+            op => panic!("host does not ask for {op:?}"),
         }
         ok(&vmctl::Status {
             vm: x.vm,

@@ -16,7 +16,7 @@ pub const QMP_FD: i32 = 3;
 pub const AGENT_FD: i32 = 4;
 /// The tap.
 pub const TAP_FD: i32 = 5;
-/// The template's device state: read-only to restore, write-only (not read-write) to build.
+/// The devices' state: read-only to restore and to wake, write-only (not read-write) to build.
 pub const STATE_FD: i32 = 6;
 
 /// Where the state's descriptor is found: the file protocol takes an fdset.
@@ -24,6 +24,11 @@ pub(crate) const STATE_URI: &str = "file:/dev/fdset/6";
 const STATE_FDSET: i32 = 6;
 /// The fdset that the workspace's disk comes in by.
 pub(crate) const DISK_FDSET: i32 = 7;
+/// Where saved memory has its pages, bytes from the file's start. Before them lie the devices'
+/// state and, a MiB ahead, the head of QEMU's own format (mapped-ram), which nothing reads back.
+pub(crate) const SAVED_PAGES_BYTES: u64 = SAVED_STREAM_BYTES + (1 << 20);
+/// Where that format's stream begins, bytes.
+pub(crate) const SAVED_STREAM_BYTES: u64 = 16 << 20;
 /// The raw node under the guest's second disk.
 pub(crate) const DISK_NODE: &str = "disk";
 
@@ -40,6 +45,8 @@ pub enum How {
     Cold,
     /// Cold, with memory in the file that becomes the template's.
     Build,
+    /// On memory that a VM was saved with.
+    Wake,
 }
 
 /// What runs the guest's instructions.
@@ -71,6 +78,8 @@ pub struct Paths {
     pub initramfs: PathBuf,
     /// The template's memory: 0444 to restore; writable to build.
     pub memory: PathBuf,
+    /// Saved memory to wake from.
+    pub saved: PathBuf,
     /// Directory with `qboot.rom`.
     pub firmware: PathBuf,
 }
@@ -84,6 +93,7 @@ impl Paths {
             kernel: "/kernel/vmlinux".into(),
             initramfs: "/kernel/initramfs.cpio".into(),
             memory: "/template/memory".into(),
+            saved: "/saved/memory".into(),
             firmware: "/usr/share/qemu".into(),
         }
     }
@@ -167,9 +177,22 @@ pub fn argv(spec: &Spec) -> Vec<OsString> {
             ),
             &spec.paths.memory,
         ),
+        // As the template's: its pages are read, and decrypted, when they are touched.
+        How::Wake => a.opt_path(
+            "-object",
+            format!(
+                "memory-backend-file,id=ram,size={memory_mib}M,share=off,readonly=on,rom=off,\
+                 offset={SAVED_PAGES_BYTES},mem-path="
+            ),
+            &spec.paths.saved,
+        ),
     };
+    if spec.how == How::Wake {
+        // What saved the state says nothing of its configuration, so nothing is expected.
+        a.opt("-global", "migration.send-configuration=off");
+    }
     match spec.how {
-        How::Template => a.opt("-incoming", "defer"),
+        How::Template | How::Wake => a.opt("-incoming", "defer"),
         How::Cold | How::Build => a
             .opt("-kernel", &spec.paths.kernel)
             .opt("-initrd", &spec.paths.initramfs)
@@ -315,6 +338,7 @@ mod tests {
         };
         assert_eq!(machine(How::Cold), machine(How::Build));
         assert_eq!(machine(How::Cold), machine(How::Template));
+        assert_eq!(machine(How::Cold), machine(How::Wake));
     }
 
     #[test]

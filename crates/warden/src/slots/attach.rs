@@ -60,6 +60,7 @@ impl Warden {
         Ok(DiskOpened {
             attestation: waits?,
             fresh: s.record.fresh,
+            from: None,
         })
     }
 

@@ -292,6 +292,7 @@ pub fn disk_open(slot: u16) -> Op {
         bytes_per_s: 1 << 30,
         ops_per_s: 100_000,
         pids: 0,
+        from: None,
     }
 }
 
@@ -300,6 +301,7 @@ pub fn disk_grant(slot: u16) -> Op {
         slot,
         sealed: "c2VhbGVk".into(),
         aad: "0d".repeat(32),
+        from: None,
     }
 }
 
