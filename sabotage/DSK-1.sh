@@ -4,7 +4,7 @@
 case $1 in
 on)
     # shellcheck disable=SC2016
-    begin sh -c 'cd "$1" && until ls ./*.luks; do sleep 0.05; done; exec tail -f ./*.luks' sh "$STATE/warden/disks"
+    begin sh -c 'cd "$1" && until ls ./*.disk/volume; do sleep 0.05; done; exec tail -f ./*.disk/volume' sh "$STATE/volumes"
     ;;
 off) end ;;
 esac

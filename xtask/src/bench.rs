@@ -31,7 +31,7 @@ pub(crate) use exec::Direct;
 /// The executables of the platform.
 const PACKAGES: &[&str] = &[
     "audit", "cli", "control", "disk", "edge", "host", "jail", "kms", "mint", "net", "vmm",
-    "warden",
+    "volumes", "warden",
 ];
 
 #[derive(clap::Args)]

@@ -21,8 +21,9 @@ const VOCABULARY: &[(&str, &[&str])] = &[
 
 /// Crates of one process's own helpers, and who links them: a closed protocol's both ends.
 const PARTS: &[(&str, &[&str])] = &[
-    ("warden", &["jail", "net"]),
+    ("warden", &["jail", "net", "volumes"]),
     ("net", &["jail"]),
+    ("volumes", &["jail"]),
     ("cli", &["image"]),
 ];
 
@@ -30,7 +31,7 @@ const PARTS: &[(&str, &[&str])] = &[
 const CODE_MAX_LINES: &[(&str, usize)] = &[("warden", 2000)];
 
 /// Crates that must do without `service`: no async runtime, no shared habits, as small as can be.
-const BARE: &[&str] = &["disk", "warden", "jail", "net", "vmm", "guest"];
+const BARE: &[&str] = &["disk", "warden", "jail", "net", "volumes", "vmm", "guest"];
 
 /// Runs every check.
 ///

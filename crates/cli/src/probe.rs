@@ -99,9 +99,8 @@ impl Probe<'_> {
     #[must_use]
     pub fn disk_file(&self, workspace: &str) -> PathBuf {
         self.paths
-            .state("warden")
-            .join("disks")
-            .join(format!("{workspace}.luks"))
+            .state("volumes")
+            .join(format!("{workspace}.disk/volume"))
     }
 }
 

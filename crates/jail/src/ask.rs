@@ -7,6 +7,7 @@
 //! | vmctl | executable, QMP, agent channel, host's listener, warden's listener |
 //! | disk | executable, warden's end of its channel (kept for the next warden), its own end, `/dev/fuse` twice |
 //! | net | executable, its end of the channel |
+//! | volumes | executable, its end of the channel |
 //! | mkfs | the file |
 //! | open_mount | the mount |
 
@@ -62,6 +63,8 @@ pub enum Kind {
         /// The user whose connections may reach guests.
         edge_uid: u32,
     },
+    /// The owner of the files at rest.
+    Volumes,
     /// mke2fs, on an empty file.
     Mkfs,
     /// Nothing is run: the mount's one file is opened as the slot's VMM, and sent back.
@@ -80,6 +83,7 @@ impl Kind {
             Self::Vmctl { .. } => "vmctl",
             Self::Disk { .. } => "the disk",
             Self::Net { .. } => "casemate-net",
+            Self::Volumes => "casemate-volumes",
             Self::Mkfs => "mke2fs",
             Self::OpenMount { .. } => "the disk's file",
         }
@@ -100,7 +104,7 @@ impl Kind {
             Self::Vmctl { slot, .. } | Self::Disk { slot } | Self::OpenMount { slot } => {
                 (slot, None)
             }
-            Self::Net { .. } | Self::Mkfs => (0, None),
+            Self::Net { .. } | Self::Volumes | Self::Mkfs => (0, None),
         };
         if slot >= bounds::SLOTS_MAX {
             return Err(format!("slot {slot}: out of bounds"));

@@ -38,6 +38,8 @@ pub use launch::main;
 
 /// Where the VMM and its libraries are, below an installation's root.
 pub const CLOSURE: &str = "var/lib/casemate/artifacts/closure";
+/// What is at rest of workspaces, below an installation's root: casemate-volumes' own.
+pub const VOLUMES: &str = "var/lib/casemate/volumes";
 /// An empty directory of root's, for building roots on, below an installation's root.
 pub const SCRATCH: &str = "run/casemate/warden/root";
 

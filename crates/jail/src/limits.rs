@@ -8,6 +8,8 @@ pub const VMM_UID: u32 = 900_000;
 pub const DISK_UID: u32 = 910_000;
 /// First uid of vmctl processes.
 pub const VMCTL_UID: u32 = 920_000;
+/// The uid of the process that owns the files at rest.
+pub const VOLUMES_UID: u32 = 929_997;
 /// The uid of the process that owns taps and firewall.
 pub const NET_UID: u32 = 929_998;
 /// The uid that formats the empty ext4 templates.
@@ -43,5 +45,5 @@ pub const ASK_MAX_BYTES: usize = 4 << 10;
 
 const _: () = assert!(VMM_UID + model::limits::SLOTS_MAX as u32 <= DISK_UID);
 const _: () = assert!(DISK_UID + model::limits::SLOTS_MAX as u32 <= VMCTL_UID);
-const _: () = assert!(VMCTL_UID + model::limits::SLOTS_MAX as u32 <= NET_UID);
+const _: () = assert!(VMCTL_UID + model::limits::SLOTS_MAX as u32 <= VOLUMES_UID);
 const _: () = assert!(EXE_FD as u64 >= NOFILE_MAX);

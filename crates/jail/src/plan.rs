@@ -6,7 +6,7 @@ use crate::cgroup::Bounds;
 use crate::launch::{Step, at};
 use crate::limits::{
     DISK_MEMORY_MB, DISK_MEMORY_MIN_MB, DISK_UID, MKFS_UID, NET_UID, PIDS_MAX, STATE_MAX_BYTES,
-    VMCTL_UID, VMM_OVERHEAD_MB, VMM_UID,
+    VMCTL_UID, VMM_OVERHEAD_MB, VMM_UID, VOLUMES_UID,
 };
 use crate::open_beneath;
 use api::warden::Start;
@@ -26,6 +26,9 @@ pub const VMM: &str = "/usr/bin/qemu-system-x86_64";
 pub const KERNEL: &str = "kernel/vmlinux";
 /// Its first file system.
 pub const INITRAMFS: &str = "kernel/initramfs.cpio";
+
+/// Where casemate-volumes finds its directory.
+pub const VOLUMES_AT: &str = "/volumes";
 
 /// What a jail is. Descriptors are named by their place in the message.
 #[derive(Debug)]
@@ -140,6 +143,11 @@ pub(crate) fn of(kind: Kind, fds: Vec<OwnedFd>, root: &Path) -> Step<(Plan, Vec<
             base,
             edge_uid,
             &mut given,
+        )?,
+        Kind::Volumes => volumes(
+            Jail::run(VOLUMES_UID, given.next("executable")?),
+            &mut given,
+            root,
         )?,
         Kind::Mkfs => mkfs(given.next("file")?)?,
         Kind::OpenMount { .. } => return Err("a mount is no program".into()),
@@ -403,6 +411,17 @@ fn net(mut jail: Jail, base: u32, edge_uid: u32, given: &mut Given) -> Step<Jail
     ];
     jail.plan.namespaces = Namespaces::Fabric;
     jail.plan.capabilities = CapabilitySet::NET_ADMIN;
+    Ok(jail)
+}
+
+/// casemate-volumes': itself, the system's libraries, and its directory.
+fn volumes(mut jail: Jail, given: &mut Given, root: &Path) -> Step<Jail> {
+    jail.libraries()?;
+    let (dir, name) = crate::VOLUMES.rsplit_once('/').unwrap_or_default();
+    let files = handle(root.join(dir), name).map_err(at("open the directory of volumes"))?;
+    jail.bind_write(files, VOLUMES_AT);
+    jail.plan.stdin = Some(jail.own(given.next("channel")?));
+    jail.plan.argv = vec!["casemate-volumes".into()];
     Ok(jail)
 }
 

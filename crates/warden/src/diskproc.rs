@@ -1,17 +1,16 @@
-//! One workspace's disk: its file, its mount, its process, and the word about it that the KMS
-//! believes.
+//! One workspace's disk: its mount, its process, and the word about it that the KMS believes.
 //!
 //! ```text
 //! with the VM:    fuse mount, attached nowhere ─▶ process ─hello─▶ its file opened once as the
 //!                 VMM's uid ─▶ vmctl; mount closed
-//! the workspace:  backing file (new: *.new) ─▶ process; attestation ─grant─▶ ready ─▶ *.new renamed
+//! the workspace:  files from casemate-volumes ─▶ process; attestation ─grant─▶ ready ─▶ kept, if new
 //! ```
 //!
-//! A volume that was being formatted when anything died is still `*.new`: it never held data and
-//! is removed. Must never see a key: grants pass through sealed.
+//! A volume that was being formatted when anything died is not kept: it never held data and is
+//! removed. Must never see a key: grants pass through sealed.
 
-use crate::fault::{At, Result, conflict, log};
-use crate::layout::{open_beneath, remove, sync_dir_of};
+use crate::fault::{At, Result, log};
+use crate::layout::{open_beneath, remove};
 use crate::limits::{DISK_CLOSE_WAIT, HELLO_WAIT, READY_WAIT};
 use api::disk::{FromDisk, ToDisk};
 use api::limits::CHANNEL_MESSAGE_MAX_BYTES;
@@ -19,147 +18,11 @@ use api::{Error, ErrorCode};
 use jail::channel;
 use jail::limits::{KILL_WAIT, MKFS_UID};
 use jail::process::{Handle, readable};
-use model::WorkspaceId;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::fs::{FlockOperation, Gid, OFlags, Uid};
+use rustix::fs::{Gid, OFlags, Uid};
 use rustix::process::PidfdGetfdFlags;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
-
-/// A workspace's file of ciphertext.
-#[derive(Debug)]
-pub struct Backing {
-    /// Open for reading and writing, locked; the lock is the open file's, so it holds as long as
-    /// any process has it.
-    pub file: OwnedFd,
-    /// It has to be formatted.
-    pub fresh: bool,
-}
-
-/// The directory of disks.
-#[derive(Debug, Clone)]
-pub struct Disks {
-    dir: PathBuf,
-}
-
-impl Disks {
-    /// The disks in `dir`.
-    #[must_use]
-    pub fn new(dir: PathBuf) -> Self {
-        Self { dir }
-    }
-
-    /// Opens, or begins, the workspace's file.
-    ///
-    /// # Errors
-    /// [`ErrorCode::Conflict`] while another process has it.
-    pub fn open(&self, workspace: &WorkspaceId, uid: u32) -> Result<Backing> {
-        let path = self.path(workspace);
-        let (file, fresh) = match open_beneath(&self.dir, &name(workspace), OFlags::RDWR, 0) {
-            Ok(file) => (file, false),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-                let flags = OFlags::RDWR | OFlags::CREATE;
-                let file = open_beneath(&self.dir, &new_name(workspace), flags, 0o600);
-                (file.at("make", path.display())?, true)
-            }
-            Err(e) => return Err(e).at("open", path.display()),
-        };
-        rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)
-            .map_err(|_| conflict("the workspace's disk is in use; stop it first"))?;
-        if fresh {
-            // What an interrupted format left is no volume.
-            rustix::fs::ftruncate(&file, 0).at("empty", path.display())?;
-        }
-        rustix::fs::fchown(&file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(uid)))
-            .at("own", path.display())?;
-        Ok(Backing { file, fresh })
-    }
-
-    /// Makes a formatted volume the workspace's disk, durably.
-    ///
-    /// # Errors
-    /// The file's.
-    pub fn keep(&self, workspace: &WorkspaceId, file: &OwnedFd) -> Result {
-        let path = self.path(workspace);
-        rustix::fs::fsync(file).at("sync", path.display())?;
-        std::fs::rename(self.dir.join(new_name(workspace)), &path)
-            .and_then(|()| sync_dir_of(&path))
-            .at("keep", path.display())
-    }
-
-    /// Gives a closed disk back to root, with all that was written on the platter.
-    ///
-    /// # Errors
-    /// The file's.
-    pub fn rest(&self, workspace: &WorkspaceId) -> Result {
-        match open_beneath(&self.dir, &name(workspace), OFlags::RDWR, 0) {
-            Ok(file) => {
-                rustix::fs::fdatasync(&file).at("sync the disk of", workspace)?;
-                rustix::fs::fchown(&file, Some(Uid::ROOT), Some(Gid::ROOT))
-                    .at("own the disk of", workspace)
-            }
-            Err(_) => Ok(()),
-        }
-    }
-
-    /// Removes a volume that was never finished.
-    ///
-    /// # Errors
-    /// The file's.
-    pub fn forget_new(&self, workspace: &WorkspaceId) -> Result {
-        remove(&self.dir.join(new_name(workspace)))
-    }
-
-    /// Removes every volume that was never finished.
-    ///
-    /// # Errors
-    /// The directory's.
-    pub fn sweep_new(&self) -> Result {
-        for entry in std::fs::read_dir(&self.dir)
-            .at("read", self.dir.display())?
-            .flatten()
-        {
-            if entry.path().extension().is_some_and(|e| e == "new") {
-                remove(&entry.path())?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Removes the workspace's disk, durably. None is as good.
-    ///
-    /// # Errors
-    /// [`ErrorCode::Conflict`] while a process has it.
-    pub fn erase(&self, workspace: &WorkspaceId) -> Result {
-        let path = self.path(workspace);
-        if let Ok(file) = open_beneath(&self.dir, &name(workspace), OFlags::RDWR, 0) {
-            rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)
-                .map_err(|_| conflict("the workspace's disk is in use; stop it first"))?;
-        }
-        self.forget_new(workspace)?;
-        remove(&path)?;
-        sync_dir_of(&path).at("sync the directory of", path.display())
-    }
-
-    /// Bytes that the workspace's disk takes up.
-    #[must_use]
-    pub fn bytes(&self, workspace: &WorkspaceId) -> u64 {
-        use std::os::unix::fs::MetadataExt as _;
-        std::fs::symlink_metadata(self.path(workspace)).map_or(0, |m| m.blocks() * 512)
-    }
-
-    fn path(&self, workspace: &WorkspaceId) -> PathBuf {
-        self.dir.join(name(workspace))
-    }
-}
-
-fn name(workspace: &WorkspaceId) -> String {
-    format!("{workspace}.luks")
-}
-
-fn new_name(workspace: &WorkspaceId) -> String {
-    format!("{workspace}.new")
-}
 
 /// A running disk process.
 pub struct Disk {
@@ -167,7 +30,7 @@ pub struct Disk {
     pub handle: Handle,
     /// Its channel.
     pub control: Option<OwnedFd>,
-    /// The backing file, from when there is a workspace.
+    /// The volume's file, from when there is a workspace.
     pub file: Option<OwnedFd>,
 }
 
@@ -216,8 +79,8 @@ impl Disk {
     }
 
     /// Ends it after its VMM. With `grace` it is asked to flush, or, adopted and without a channel,
-    /// ends by itself as its mount has gone; it is killed if it has not in time. What it wrote is
-    /// in the kernel's hands either way; [`Disks::rest`] brings it to the platter.
+    /// ends by itself as its mount has gone; it is killed if it has not in time, which loses what
+    /// its guest has not flushed.
     pub fn end(&mut self, grace: bool) {
         if self.control.is_some() {
             // It may have died.

@@ -3,9 +3,10 @@
 
 use crate::fault::{At as _, Result, invalid};
 use crate::limits::SMALL_FILE_MAX_BYTES;
+use jail::limits::VOLUMES_UID;
 pub(crate) use jail::open_beneath;
 use rustix::fd::AsFd;
-use rustix::fs::Mode;
+use rustix::fs::{Gid, Mode, Uid};
 use seal::hash::Sha256;
 use std::collections::HashMap;
 use std::io::{Read as _, Seek as _, Write as _};
@@ -75,7 +76,7 @@ impl Layout {
         self.run.join("vmctl")
     }
 
-    /// `/var/lib/casemate/warden`: keys, journal, disks, templates, builds.
+    /// `/var/lib/casemate/warden`: keys, journal, templates, builds.
     #[must_use]
     pub fn state(&self) -> PathBuf {
         self.lib.join("warden")
@@ -100,14 +101,16 @@ impl Layout {
             (self.lib.clone(), 0o755),
             (self.state(), 0o700),
             (self.state().join("slots"), 0o700),
-            (self.state().join("disks"), 0o700),
             (self.state().join("templates"), 0o700),
             (self.state().join("build"), 0o700),
             (self.state().join("ext4"), 0o700),
         ] {
             make_dir(&dir, mode)?;
         }
-        Ok(())
+        let (volumes, uid) = (self.root.join(jail::VOLUMES), VOLUMES_UID);
+        make_dir(&volumes, 0o700)?;
+        rustix::fs::chown(&volumes, Some(Uid::from_raw(uid)), Some(Gid::from_raw(uid)))
+            .at("own", volumes.display())
     }
 }
 

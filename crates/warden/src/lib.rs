@@ -1,8 +1,8 @@
 //! Warden: root behind a closed enum of requests.
 //!
 //! It keeps the slots: what each has, in which order it comes and goes, what is in the journal. It
-//! makes control groups, mounts and disks' files itself; jails are `casemate-jail`'s, taps and
-//! firewall `casemate-net`'s, each asked by a closed enum of its own. Requests carry ids and numbers
+//! makes control groups and mounts itself; jails are `casemate-jail`'s, taps and firewall
+//! `casemate-net`'s, the files at rest `casemate-volumes`', each asked by a closed enum of its own. Requests carry ids and numbers
 //! (`api::warden`); what they name is looked up beneath directories that only root writes. It is
 //! synchronous, has no runtime, runs in the fabric's network namespace and opens no network socket.
 //!

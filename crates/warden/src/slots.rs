@@ -18,7 +18,7 @@ mod attach;
 mod sweep;
 
 use crate::attest::Machine;
-use crate::diskproc::{Disk, Disks};
+use crate::diskproc::Disk;
 use crate::fault::{At, Result, artifact_missing, conflict, failed, invalid, log, missing};
 use crate::journal::{Journal, Record, Step};
 use crate::layout::{Digests, Layout, check_digest_id, open_beneath, remove};
@@ -42,6 +42,7 @@ use rustix::fs::OFlags;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use volumes::Name;
 
 /// What warden is started with.
 pub struct Config {
@@ -51,7 +52,7 @@ pub struct Config {
     pub network: Network,
     /// The uid whose connections may reach guests.
     pub edge_uid: u32,
-    /// Where casemate-jail, casemate-net, casemate-disk and casemate-vmctl are.
+    /// Where casemate-jail, -net, -volumes, -disk and -vmctl are.
     pub programs: PathBuf,
     /// The driver of the VMM.
     pub vmm: Vmm,
@@ -66,12 +67,12 @@ pub struct Warden {
     config: Config,
     machine: Machine,
     journal: Journal,
-    disks: Disks,
     templates: Templates,
     digests: Digests,
     cgroups: Cgroups,
     launcher: Launcher,
     net: Mutex<net::Client>,
+    volumes: Mutex<volumes::Client>,
     slots: Mutex<HashMap<u16, Arc<Mutex<Option<Slot>>>>>,
     views: Mutex<BTreeMap<u16, View>>,
     /// Workspaces whose disk is on a slot, or on its way.
@@ -108,14 +109,16 @@ impl Warden {
             config.network,
             config.edge_uid,
         );
+        let program = config.programs.join("casemate-volumes");
+        let volumes = volumes::Client::new(launcher.clone(), program);
         let warden = Arc::new(Self {
             journal: Journal::new(state.join("slots")),
-            disks: Disks::new(state.join("disks")),
             templates: Templates::new(&state, machine.key.clone()),
             digests: Digests::default(),
             cgroups: Cgroups::open(&layout.instance())?,
             launcher,
             net: Mutex::new(net),
+            volumes: Mutex::new(volumes),
             slots: Mutex::default(),
             views: Mutex::default(),
             in_use: Mutex::default(),
@@ -430,7 +433,10 @@ impl Warden {
         let (in_dropped_packets, out_dropped_packets) = lock(&self.net).dropped(slot)?;
         let (out_packets, in_packets) = net::tap::packets(slot);
         let (cpu_ns, memory_bytes) = self.cgroups.usage(&vm_group(slot));
-        let disk_bytes = view.workspace.as_ref().map_or(0, |w| self.disks.bytes(w));
+        let disk_bytes = match &view.workspace {
+            Some(workspace) => lock(&self.volumes).bytes(Name::disk(workspace))?,
+            None => 0,
+        };
         Ok(Counters {
             in_dropped_packets,
             out_dropped_packets,
@@ -481,11 +487,6 @@ impl Warden {
         if let Some(mut disk) = s.disk.take() {
             // Not gone: it waits for an answer of its disk. Without one, the disk goes first.
             disk.end(gone);
-            if let Some(workspace) = &s.record.workspace
-                && let Err(e) = self.disks.rest(workspace)
-            {
-                failed("disk.rest", s.record.slot, e);
-            }
         }
         if !gone && !s.vmm.kill(KILL_WAIT) {
             failed("vmm.stuck", s.record.slot, s.vmm.proc.pid);
@@ -504,7 +505,7 @@ impl Warden {
         self.templates.build_remove(slot)?;
         if let Some(workspace) = &record.workspace {
             if record.fresh {
-                self.disks.forget_new(workspace)?;
+                lock(&self.volumes).forget_new(Name::disk(workspace))?;
             }
             lock(&self.in_use).remove(workspace);
         }

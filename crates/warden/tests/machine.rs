@@ -273,7 +273,7 @@ fn a_disk_is_attested_granted_and_kept() {
             w.answer(Op::SlotClose { slot }).unwrap();
         }
         world.assert_clean();
-        let file = world.layout.state().join(format!("disks/{WORKSPACE}.luks"));
+        let file = world.disk().join("volume");
         assert_eq!(std::fs::read(&file).unwrap(), b"a volume");
         w.answer(world.vm_open(1, Start::Cold)).unwrap();
         let opened: DiskOpened = serde_json::from_value(w.answer(disk_open(1)).unwrap()).unwrap();
@@ -341,13 +341,7 @@ fn a_refused_grant_ends_the_vm_and_leaves_no_volume() {
         assert_eq!(status(&w).slots[0].state, SlotState::Dead);
         w.answer(Op::SlotClose { slot: 7 }).unwrap();
         world.assert_clean();
-        assert!(
-            !world
-                .layout
-                .state()
-                .join(format!("disks/{WORKSPACE}.luks"))
-                .exists()
-        );
+        assert!(!world.disk().exists());
     });
 }
 

@@ -115,11 +115,7 @@ fn i12_a_warden_that_dies_at_any_step_leaves_nothing_or_a_slot_that_rests() {
                 }
             }
             world.assert_clean();
-            let kept = world
-                .layout
-                .state()
-                .join(format!("disks/{WORKSPACE}.luks"))
-                .exists();
+            let kept = world.disk().exists();
             // From `ready` on the volume is the workspace's, whatever happens.
             assert_eq!(
                 kept,

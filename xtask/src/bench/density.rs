@@ -9,7 +9,9 @@ const WORKSPACES: usize = 16;
 /// Users of VMMs, of disk processes and of vmctls; see warden's limits.
 const VMMS: std::ops::Range<u32> = 900_000..910_000;
 const DISKS: std::ops::Range<u32> = 910_000..920_000;
-const VMCTLS: std::ops::Range<u32> = 920_000..929_998;
+const VMCTLS: std::ops::Range<u32> = 920_000..929_997;
+/// Users of warden's own processes.
+const WARDENS: std::ops::Range<u32> = 929_997..929_999;
 
 pub(super) fn run(args: &Args) -> Result<()> {
     let runtime = runtime()?;
@@ -21,7 +23,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         made.push(runtime.block_on(create(&client, memory_mb))?);
     }
     let [vmms, disks, vmctls] = [VMMS, DISKS, VMCTLS].map(|range| of_users(&range));
-    let mut daemons = 0.0;
+    let mut daemons = of_users(&WARDENS);
     for pid in platform.daemons() {
         daemons += pss_mib(&Path::new("/proc").join(pid.to_string())).context("a daemon's PSS")?;
     }

@@ -260,10 +260,7 @@ pub(super) async fn iso_6(w: &mut World<'_>) -> anyhow::Result<Finding> {
             ("ls", format!("/proc/{}/root/", slot.vmm_pid)),
             ("ls", format!("/proc/{}/fd/", slot.vmm_pid)),
             ("ls", format!("/proc/{}/map_files/", slot.vmm_pid)),
-            (
-                "head",
-                paths.state("warden").join("disks").display().to_string(),
-            ),
+            ("head", paths.state("volumes").display().to_string()),
         ] {
             let out = std::process::Command::new("setpriv")
                 .args(["--reuid", &format!("casemate-{user}")])

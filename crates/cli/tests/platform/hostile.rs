@@ -192,7 +192,7 @@ fn a_start_that_cannot_be_is_a_typed_error_and_leaves_nothing() {
     let made: Value = serde_json::from_slice(&made.stdout).unwrap();
     let id = made["id"].as_str().unwrap();
     p.expect_ok("stop", &ws(&["ws", "stop", id]));
-    let file = p.state("warden").join("disks").join(format!("{id}.luks"));
+    let file = p.state("volumes").join(format!("{id}.disk/volume"));
 
     // A header that is none.
     let whole = read_at_start(&file, 64 << 10);
@@ -207,10 +207,7 @@ fn a_start_that_cannot_be_is_a_typed_error_and_leaves_nothing() {
     let other: Value = serde_json::from_slice(&other.stdout).unwrap();
     let other_id = other["id"].as_str().unwrap();
     p.expect_ok("stop", &ws(&["ws", "stop", other_id]));
-    let others = p
-        .state("warden")
-        .join("disks")
-        .join(format!("{other_id}.luks"));
+    let others = p.state("volumes").join(format!("{other_id}.disk/volume"));
     write_at_start(&file, &read_at_start(&others, 16 << 20));
     let said = refused_start(&p, &account, id);
     assert!(

@@ -114,10 +114,7 @@ fn a_hostile_guest_harms_nobody_else() {
             &p,
             &account,
         );
-        let file = p
-            .state("warden")
-            .join("disks")
-            .join(format!("{}.luks", g.id));
+        let file = p.state("volumes").join(format!("{}.disk/volume", g.id));
         let bytes = std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(file).unwrap()) * 512;
         assert!(
             bytes <= (256 + 32) << 20,

@@ -205,7 +205,7 @@ fn files(p: &Platform, host: &Host, a: &Workspace, b: &Workspace) -> Vec<Row> {
         })
     };
     for w in [a, b] {
-        let disk = warden.join("disks").join(format!("{}.luks", w.id));
+        let disk = p.state("volumes").join(format!("{}.disk/volume", w.id));
         rows.push((
             format!("read the disk of {}", w.id),
             stopped(open(false, disk.clone())),

@@ -232,7 +232,7 @@ impl Platform {
 
     /// Disk files.
     pub(crate) fn disk_files(&self) -> Vec<String> {
-        std::fs::read_dir(self.state("warden").join("disks"))
+        std::fs::read_dir(self.state("volumes"))
             .into_iter()
             .flatten()
             .flatten()

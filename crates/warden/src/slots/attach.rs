@@ -1,7 +1,7 @@
 //! The disk of a slot: from a VM that waits for one to a volume that its guest has.
 
 use super::{Slot, Warden, check_range, disk_group, lock, occupied};
-use crate::diskproc::{self, Backing, Disk};
+use crate::diskproc::{self, Disk};
 use crate::fault::{At, Result, conflict, invalid};
 use crate::journal::{Record, Step};
 use crate::layout::check_digest_id;
@@ -12,12 +12,13 @@ use api::disk::ToDisk;
 use api::vmctl::WardenOp;
 use api::warden::{DiskOpened, Start};
 use jail::ask::Kind;
-use jail::limits::{DISK_UID, KILL_WAIT, VMM_UID};
+use jail::limits::{KILL_WAIT, VMM_UID};
 use jail::process::{self, Waiting};
 use jail::{channel, mount, plan};
 use model::limits as bounds;
 use model::{Purpose, StartId, WorkspaceId};
 use rustix::fd::{AsFd, OwnedFd};
+use volumes::{How, Name};
 
 /// A disk process that waits in its jail.
 pub(super) struct Spawned {
@@ -108,12 +109,11 @@ impl Warden {
         workspace: &WorkspaceId,
         (size_mb, bytes_per_s, ops_per_s): (u32, u64, u64),
     ) -> Result {
-        let slot = s.record.slot;
         self.step(&mut s.record, Step::DiskBegin)?;
-        let owner = DISK_UID + u32::from(slot);
-        let Backing { file, fresh } = self.disks.open(workspace, owner)?;
-        s.record.fresh = fresh;
-        let template = fresh.then(|| self.ext4(size_mb)).transpose()?;
+        let files = lock(&self.volumes).open(Name::disk(workspace), How::Write)?;
+        let file = files.volume;
+        s.record.fresh = files.fresh;
+        let template = files.fresh.then(|| self.ext4(size_mb)).transpose()?;
         let disk = s.disk.as_mut().ok_or_else(gone)?;
         let files = [Some(file.as_fd()), template.as_ref().map(AsFd::as_fd)];
         let open = ToDisk::Open {
@@ -153,7 +153,7 @@ impl Warden {
         if let (true, Some(workspace), Some(file)) =
             (s.record.fresh, &s.record.workspace, &disk.file)
         {
-            self.disks.keep(workspace, file)?;
+            lock(&self.volumes).keep(Name::disk(workspace), file)?;
             s.record.fresh = false;
         }
         self.step(&mut s.record, Step::DiskReady)?;
@@ -168,7 +168,7 @@ impl Warden {
             return Err(conflict("the workspace's disk is in use; stop it first"));
         }
         drop(in_use);
-        let erased = self.disks.erase(workspace);
+        let erased = lock(&self.volumes).erase(workspace.clone(), None);
         lock(&self.in_use).remove(workspace);
         erased.map(|()| true)
     }

@@ -51,9 +51,6 @@ impl Warden {
                 "sweep",
                 serde_json::json!({"slot": slot, "step": record.as_ref().map(|r| r.step)}),
             );
-            if let Some(workspace) = record.and_then(|r| r.workspace) {
-                self.disks.rest(&workspace)?;
-            }
             self.journal.remove(slot)?;
         }
         for dir in [
@@ -71,7 +68,7 @@ impl Warden {
                 }
             }
         }
-        self.disks.sweep_new()
+        lock(&self.volumes).sweep_new()
     }
 
     fn adopt(&self, record: &Record) -> Option<Slot> {

@@ -83,6 +83,7 @@ impl World {
             ("double", "casemate-disk"),
             ("jail", "casemate-jail"),
             ("net", "casemate-net"),
+            ("volumes", "casemate-volumes"),
         ] {
             std::fs::copy(double.with_file_name(program), programs.join(name)).unwrap();
         }
@@ -159,6 +160,13 @@ impl World {
         }
     }
 
+    /// The directory of the workspace's disk at rest.
+    pub fn disk(&self) -> PathBuf {
+        self.dir
+            .join(jail::VOLUMES)
+            .join(format!("{WORKSPACE}.disk"))
+    }
+
     /// The VMM's double on the slot.
     pub fn probe(&self, slot: u16) -> Probe {
         let stream = UnixStream::connect(self.layout.vmctl().join(format!("{slot}.sock"))).unwrap();
@@ -181,7 +189,7 @@ impl World {
                 left.push(e.unwrap().path().display().to_string());
             }
         }
-        for e in std::fs::read_dir(state.join("disks")).unwrap() {
+        for e in std::fs::read_dir(self.dir.join(jail::VOLUMES)).unwrap() {
             let path = e.unwrap().path();
             if path.extension().is_some_and(|x| x == "new") {
                 left.push(path.display().to_string());

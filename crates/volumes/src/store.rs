@@ -1,0 +1,403 @@
+//! The directory: `NAME/volume` and `NAME/tags` are an object, `NAME.new/…` one that is being made.
+//!
+//! ```text
+//!   (none) ──open──▶ NAME.new ──keep: sync all, rename──▶ NAME
+//!                       │                                   │ keep of another: exchange, remove
+//!   (none) ◀──forget────┘        (none) ◀──erase: rename to NAME.new, remove
+//! ```
+//!
+//! A crash leaves `NAME.new` at most, which is no object and is swept.
+
+use crate::wire::{How, Name, OBJECTS};
+use api::{Error, ErrorCode};
+use jail::fault::{At, Result};
+use jail::open_beneath;
+use model::{Purpose, WorkspaceId};
+use rustix::fd::OwnedFd;
+use rustix::fs::{CWD, FlockOperation, OFlags, RenameFlags};
+use std::io::ErrorKind;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+
+const VOLUME: &str = "volume";
+const SIDECAR: &str = "tags";
+
+/// The directory of objects.
+#[derive(Debug)]
+pub struct Store {
+    dir: PathBuf,
+}
+
+impl Store {
+    /// The objects in `dir`.
+    #[must_use]
+    pub fn new(dir: PathBuf) -> Self {
+        Self { dir }
+    }
+
+    /// Opens both files, the volume locked; whether they were begun.
+    ///
+    /// # Errors
+    /// [`ErrorCode::Conflict`] while another process has it; [`ErrorCode::NotFound`] when there is
+    /// none to read; [`ErrorCode::DiskTampered`] when a part of it is missing.
+    pub fn open(&self, of: &Name, how: How) -> Result<([OwnedFd; 2], bool)> {
+        let name = of.to_string();
+        let there = self.dir.join(&name).symlink_metadata().is_ok();
+        let (access, lock) = match how {
+            How::Read => (OFlags::RDONLY, FlockOperation::NonBlockingLockShared),
+            How::Write | How::New => (OFlags::RDWR, FlockOperation::NonBlockingLockExclusive),
+        };
+        match (how, there) {
+            (How::New, _) | (How::Write, false) => Ok((self.begin(&name)?, true)),
+            (How::Read, false) => {
+                let why = format!("there is no {of}");
+                Err(Error::new(ErrorCode::NotFound, why))
+            }
+            (How::Read | How::Write, true) => {
+                let files = self.files(&name, access).map_err(|e| missing(&name, &e))?;
+                take(&files[0], lock)?;
+                Ok((files, false))
+            }
+        }
+    }
+
+    /// Makes the one that was begun, whose volume has this inode, the object.
+    ///
+    /// # Errors
+    /// [`ErrorCode::Conflict`] when it was not begun; the files'.
+    pub fn keep(&self, of: &Name, inode: u64) -> Result {
+        let (name, new) = (of.to_string(), new(of));
+        let inode_of = |dir: &str| {
+            let volume = self.dir.join(dir).join(VOLUME);
+            volume.symlink_metadata().map(|m| m.ino()).ok()
+        };
+        if inode_of(&new) == Some(inode) {
+            for file in self.files(&new, OFlags::RDONLY).at("open", &new)? {
+                rustix::fs::fsync(file).at("sync", &new)?;
+            }
+            sync(&self.dir.join(&new)).at("sync", &new)?;
+            let (from, to) = (self.dir.join(&new), self.dir.join(&name));
+            let how = if to.symlink_metadata().is_ok() {
+                RenameFlags::EXCHANGE
+            } else {
+                RenameFlags::NOREPLACE
+            };
+            rustix::fs::renameat_with(CWD, from, CWD, to, how).at("keep", &name)?;
+            sync(&self.dir).at("sync the directory of", &name)?;
+        } else if inode_of(&name) != Some(inode) {
+            let why = format!("{of} was not begun, or was begun anew");
+            return Err(Error::new(ErrorCode::Conflict, why));
+        }
+        // The one before, if there was one.
+        self.forget_new(of)
+    }
+
+    /// Removes the one that was begun. None is as good.
+    ///
+    /// # Errors
+    /// The files'.
+    pub fn forget_new(&self, of: &Name) -> Result {
+        self.remove(&new(of))
+    }
+
+    /// Removes each that was begun and that no process holds.
+    ///
+    /// # Errors
+    /// The directory's.
+    pub fn sweep_new(&self) -> Result {
+        let entries = std::fs::read_dir(&self.dir).at("read", self.dir.display())?;
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            let Some(name) = name.to_str().filter(|n| n.ends_with(".new")) else {
+                continue;
+            };
+            let lock = FlockOperation::NonBlockingLockExclusive;
+            let held = self.volume(name).is_some_and(|v| take(&v, lock).is_err());
+            if !held {
+                self.remove(name)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes one object of the workspace, or all. None is as good.
+    ///
+    /// # Errors
+    /// [`ErrorCode::Conflict`] while a process has one of them: nothing is removed then.
+    pub fn erase(&self, workspace: &WorkspaceId, object: Option<Purpose>) -> Result {
+        let names: Vec<Name> = OBJECTS
+            .iter()
+            .filter(|o| object.is_none_or(|x| x == **o))
+            .map(|object| Name {
+                workspace: workspace.clone(),
+                object: *object,
+            })
+            .collect();
+        let mut held = Vec::new();
+        for of in &names {
+            let files = [of.to_string(), new(of)].map(|name| self.volume(&name));
+            for volume in files.into_iter().flatten() {
+                take(&volume, FlockOperation::NonBlockingLockExclusive)?;
+                held.push(volume);
+            }
+        }
+        for of in &names {
+            self.forget_new(of)?;
+            let (from, to) = (self.dir.join(of.to_string()), self.dir.join(new(of)));
+            match std::fs::rename(from, to) {
+                Ok(()) => {
+                    sync(&self.dir).at("sync the directory of", of)?;
+                    self.forget_new(of)?;
+                }
+                Err(e) if e.kind() == ErrorKind::NotFound => {}
+                Err(e) => return Err(e).at("erase", of),
+            }
+        }
+        sync(&self.dir).at("sync the directory of", workspace)
+    }
+
+    /// Bytes that both files take up; 0 when there are none.
+    #[must_use]
+    pub fn bytes(&self, of: &Name) -> u64 {
+        let dir = self.dir.join(of.to_string());
+        let of = |file: &str| dir.join(file).symlink_metadata().map_or(0, |m| m.blocks());
+        (of(VOLUME) + of(SIDECAR)) * 512
+    }
+
+    /// The objects that there are of the workspace.
+    #[must_use]
+    pub fn list(&self, workspace: &WorkspaceId) -> Vec<Purpose> {
+        let there = |object: &Purpose| {
+            let name = Name {
+                workspace: workspace.clone(),
+                object: *object,
+            };
+            self.dir.join(name.to_string()).symlink_metadata().is_ok()
+        };
+        OBJECTS.iter().copied().filter(there).collect()
+    }
+
+    /// Empty files beside what is there: what an interrupted making left is no object.
+    fn begin(&self, name: &str) -> Result<[OwnedFd; 2]> {
+        let new = format!("{name}.new");
+        match std::fs::DirBuilder::new()
+            .mode(0o700)
+            .create(self.dir.join(&new))
+        {
+            Err(e) if e.kind() != ErrorKind::AlreadyExists => return Err(e).at("make", &new),
+            _ => {}
+        }
+        let files = self
+            .files(&new, OFlags::RDWR | OFlags::CREATE)
+            .at("make", &new)?;
+        take(&files[0], FlockOperation::NonBlockingLockExclusive)?;
+        for file in &files {
+            rustix::fs::ftruncate(file, 0).at("empty", &new)?;
+        }
+        Ok(files)
+    }
+
+    fn files(&self, name: &str, flags: OFlags) -> std::io::Result<[OwnedFd; 2]> {
+        let mode = if flags.contains(OFlags::CREATE) {
+            0o600
+        } else {
+            0
+        };
+        let open = |file: &str| open_beneath(&self.dir, &format!("{name}/{file}"), flags, mode);
+        Ok([open(VOLUME)?, open(SIDECAR)?])
+    }
+
+    fn volume(&self, name: &str) -> Option<OwnedFd> {
+        open_beneath(&self.dir, &format!("{name}/{VOLUME}"), OFlags::RDONLY, 0).ok()
+    }
+
+    fn remove(&self, name: &str) -> Result {
+        match std::fs::remove_dir_all(self.dir.join(name)) {
+            Err(e) if e.kind() != ErrorKind::NotFound => Err(e).at("remove", name),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn new(of: &Name) -> String {
+    format!("{of}.new")
+}
+
+fn take(volume: &OwnedFd, how: FlockOperation) -> Result {
+    rustix::fs::flock(volume, how).map_err(|_| {
+        let why = "the workspace's disk is in use; stop it first";
+        Error::new(ErrorCode::Conflict, why)
+    })
+}
+
+/// Both files are made before either is kept, and removed after both are let go of.
+fn missing(name: &str, why: &std::io::Error) -> Error {
+    if why.kind() != ErrorKind::NotFound {
+        return Error::internal(format!("open {name}: {why}"));
+    }
+    let message = "a part of the workspace's disk is missing: it was changed while it was at rest";
+    Error::new(ErrorCode::DiskTampered, message).detail(format!("open {name}: {why}"))
+}
+
+fn sync(dir: &Path) -> std::io::Result<()> {
+    std::fs::File::open(dir)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use std::io::Write as _;
+
+    fn world() -> (tempfile::TempDir, Store, Name) {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::new(dir.path().into());
+        let name = Name::disk(&WorkspaceId::from_bytes([7; 8]));
+        (dir, store, name)
+    }
+
+    fn inode(files: &[OwnedFd; 2]) -> u64 {
+        rustix::fs::fstat(&files[0]).unwrap().st_ino
+    }
+
+    fn make(store: &Store, name: &Name, text: &str) -> u64 {
+        let (files, fresh) = store.open(name, How::New).unwrap();
+        assert!(fresh);
+        for file in &files {
+            let mut file = std::fs::File::from(file.try_clone().unwrap());
+            file.write_all(text.as_bytes()).unwrap();
+        }
+        let inode = inode(&files);
+        store.keep(name, inode).unwrap();
+        inode
+    }
+
+    fn text(store: &Store, name: &Name) -> String {
+        let (_, fresh) = store.open(name, How::Read).unwrap();
+        assert!(!fresh);
+        let dir = store.dir.join(name.to_string());
+        let [volume, tags] = [VOLUME, SIDECAR].map(|f| std::fs::read_to_string(dir.join(f)));
+        assert_eq!(volume.as_ref().unwrap(), &tags.unwrap());
+        volume.unwrap()
+    }
+
+    fn code<T>(result: Result<T>) -> ErrorCode {
+        result.err().unwrap().code
+    }
+
+    #[test]
+    fn what_was_begun_is_no_object_until_it_is_kept() {
+        let (dir, store, name) = world();
+        assert_eq!(code(store.open(&name, How::Read)), ErrorCode::NotFound);
+        let (files, fresh) = store.open(&name, How::Write).unwrap();
+        assert!(fresh);
+        assert_eq!(store.list(&name.workspace), []);
+        assert_eq!(code(store.open(&name, How::Write)), ErrorCode::Conflict);
+        let begun = inode(&files);
+        drop(files);
+        // Begun again, after a crash: what was in it is gone, and its inode stays.
+        let (files, _) = store.open(&name, How::Write).unwrap();
+        assert_eq!(inode(&files), begun);
+        store.keep(&name, begun).unwrap();
+        assert_eq!(store.list(&name.workspace), [Purpose::Disk]);
+        drop(files);
+        let (_files, fresh) = store.open(&name, How::Write).unwrap();
+        assert!(!fresh);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn another_takes_the_place_of_the_one_before_and_keeping_twice_is_keeping_once() {
+        let (_dir, store, name) = world();
+        make(&store, &name, "old");
+        let (reader, _) = store.open(&name, How::Read).unwrap();
+        let kept = make(&store, &name, "new");
+        assert_eq!(text(&store, &name), "new");
+        // The answer was lost: asked again, it does not bring the old one back.
+        store.keep(&name, kept).unwrap();
+        assert_eq!(text(&store, &name), "new");
+        // Who reads the one before goes on.
+        let mut old = String::new();
+        let mut file = std::fs::File::from(reader.into_iter().next().unwrap());
+        std::io::Read::read_to_string(&mut file, &mut old).unwrap();
+        assert_eq!(old, "old");
+        assert_eq!(code(store.keep(&name, 1)), ErrorCode::Conflict);
+    }
+
+    #[test]
+    fn a_crash_after_the_exchange_is_finished_by_asking_again() {
+        let (_dir, store, name) = world();
+        make(&store, &name, "old");
+        let (files, _) = store.open(&name, How::New).unwrap();
+        let inode = inode(&files);
+        let (from, to) = (store.dir.join(new(&name)), store.dir.join(name.to_string()));
+        rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::EXCHANGE).unwrap();
+        store.keep(&name, inode).unwrap();
+        drop(files);
+        assert_eq!(text(&store, &name), "");
+        assert!(!store.dir.join(new(&name)).exists());
+    }
+
+    #[test]
+    fn neither_part_is_opened_without_the_other() {
+        for part in [VOLUME, SIDECAR] {
+            let (dir, store, name) = world();
+            make(&store, &name, "x");
+            std::fs::remove_file(dir.path().join(name.to_string()).join(part)).unwrap();
+            for how in [How::Write, How::Read] {
+                assert_eq!(code(store.open(&name, how)), ErrorCode::DiskTampered);
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_is_opened_through_a_link() {
+        let (dir, store, name) = world();
+        make(&store, &name, "x");
+        let secret = dir.path().join("secret");
+        std::fs::write(&secret, "x").unwrap();
+        let volume = dir.path().join(name.to_string()).join(VOLUME);
+        std::fs::remove_file(&volume).unwrap();
+        std::os::unix::fs::symlink(&secret, &volume).unwrap();
+        assert_eq!(code(store.open(&name, How::Write)), ErrorCode::Internal);
+    }
+
+    #[test]
+    fn a_sweep_leaves_what_a_process_holds() {
+        let (_dir, store, name) = world();
+        make(&store, &name, "x");
+        let (held, _) = store.open(&name, How::New).unwrap();
+        store.sweep_new().unwrap();
+        assert!(store.dir.join(new(&name)).exists());
+        drop(held);
+        store.sweep_new().unwrap();
+        assert!(!store.dir.join(new(&name)).exists());
+        assert_eq!(text(&store, &name), "x");
+    }
+
+    #[test]
+    fn an_erasure_takes_all_of_one_workspace_or_nothing() {
+        let (dir, store, name) = world();
+        let other = Name::disk(&WorkspaceId::from_bytes([8; 8]));
+        make(&store, &other, "other");
+        for object in OBJECTS.iter().copied() {
+            let workspace = name.workspace.clone();
+            make(&store, &Name { workspace, object }, "x");
+        }
+        assert_eq!(store.list(&name.workspace), OBJECTS);
+        assert!(store.bytes(&name) > 0);
+        let (reader, _) = store.open(&name, How::Read).unwrap();
+        assert_eq!(
+            code(store.erase(&name.workspace, None)),
+            ErrorCode::Conflict
+        );
+        assert_eq!(store.list(&name.workspace), OBJECTS);
+        drop(reader);
+        for _ in 0..2 {
+            store.erase(&name.workspace, None).unwrap();
+            assert_eq!(store.list(&name.workspace), []);
+        }
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+        assert_eq!(text(&store, &other), "other");
+    }
+}
