@@ -1,6 +1,6 @@
 //! Opening beneath a directory of root's: no symbolic link, no way up.
 
-use rustix::fd::OwnedFd;
+use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 use std::path::Path;
 
@@ -14,14 +14,43 @@ pub fn open_beneath(dir: &Path, name: &str, flags: OFlags, mode: u32) -> std::io
         OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
         Mode::empty(),
     )?;
+    beneath(base, name, flags, mode)
+}
+
+/// The same, beneath an open directory.
+pub(crate) fn beneath(
+    dir: impl AsFd,
+    name: &str,
+    flags: OFlags,
+    mode: u32,
+) -> std::io::Result<OwnedFd> {
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
     Ok(rustix::fs::openat2(
-        base,
+        dir,
         name,
         flags | OFlags::CLOEXEC,
         Mode::from_raw_mode(mode),
         resolve,
     )?)
+}
+
+/// Opens a directory that nobody but root can change what is in. Links that lead to it are root's
+/// own and are followed: an operator may keep it on another disk.
+///
+/// # Errors
+/// The kernel's; a directory of somebody else's, or that somebody else may write.
+pub(crate) fn open_of_root(dir: &Path) -> std::io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let fd = rustix::fs::open(dir, flags, Mode::empty())?;
+    let stat = rustix::fs::fstat(&fd)?;
+    if stat.st_uid != 0 || stat.st_mode & 0o022 != 0 {
+        let why = format!(
+            "{} must be root's and writable by root alone",
+            dir.display()
+        );
+        return Err(std::io::Error::other(why));
+    }
+    Ok(fd)
 }
 
 #[cfg(test)]

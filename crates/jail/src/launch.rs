@@ -13,6 +13,7 @@
 
 use crate::ask::{Ask, Kind, Said};
 use crate::channel::{recv, send};
+use crate::files::{beneath, open_beneath};
 use crate::limits::{ASK_MAX_BYTES, EXE_FD, NOFILE_MAX, VMM_UID};
 use crate::plan::{Entry, Namespaces, Plan, Program};
 use crate::seccomp;
@@ -23,7 +24,8 @@ use landlock::{
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags};
 use rustix::mount::{
-    MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags,
+    OpenTreeFlags, UnmountFlags,
 };
 use rustix::net::RecvFlags;
 use rustix::process::{DumpableBehavior, Resource, Rlimit};
@@ -86,7 +88,7 @@ fn launch(sock: &OwnedFd, root: &Path) -> Step {
     // The old /proc stays reachable by this descriptor after the root is gone.
     let proc = rustix::fs::open("/proc", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
         .map_err(at("open /proc"))?;
-    build_root(&plan, &fds, &root.join(crate::SCRATCH))?;
+    build_root(&plan, &fds, root)?;
     let (mapped_r, mapped_w) =
         rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(at("make a pipe"))?;
     let apart = plan.namespaces == Namespaces::Apart;
@@ -134,12 +136,9 @@ fn child(
     let _ = rustix::system::sethostname(b"vm");
     drop_privileges(plan.id, plan.capabilities)?;
     let exe = match &plan.program {
-        Program::Path(p) => rustix::fs::open(
-            p.as_str(),
-            OFlags::PATH | OFlags::CLOEXEC | OFlags::NOFOLLOW,
-            Mode::empty(),
-        )
-        .map_err(at("open the program"))?,
+        // In the root, which is where this process stands.
+        Program::Path(p) => beneath(CWD, p.trim_start_matches('/'), OFlags::PATH, 0)
+            .map_err(at("open the program"))?,
         Program::Fd(i) => {
             rustix::io::fcntl_dupfd_cloexec(pick(&fds, *i)?, 3).map_err(at("keep the program"))?
         }
@@ -147,8 +146,7 @@ fn child(
     dup_to(exe.as_fd(), EXE_FD)?;
     rustix::io::fcntl_setfd(borrow(EXE_FD), rustix::io::FdFlags::CLOEXEC)
         .map_err(at("close the program on exec"))?;
-    let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
-        .map_err(at("open /dev/null"))?;
+    let null = beneath(CWD, "dev/null", OFlags::RDWR, 0).map_err(at("open /dev/null"))?;
     let stdin = plan.stdin.map_or(Ok(&null), |i| pick(&fds, i))?;
     dup_to(stdin.as_fd(), 0)?;
     dup_to(null.as_fd(), 1)?;
@@ -257,7 +255,10 @@ fn drop_privileges(id: u32, keep: CapabilitySet) -> Step {
 }
 
 /// Makes the plan's entries the whole file system of this process.
-fn build_root(plan: &Plan, fds: &[OwnedFd], scratch: &Path) -> Step {
+///
+/// Nothing here goes by a path that somebody else can change: what is mounted came as a descriptor,
+/// and where it goes is opened beneath the new root, through no link, not even one of the plan's.
+fn build_root(plan: &Plan, fds: &[OwnedFd], installation: &Path) -> Step {
     // Copies of the mounts are taken while this is still the namespace they are in.
     let mut trees = Vec::new();
     for entry in &plan.root {
@@ -277,75 +278,117 @@ fn build_root(plan: &Plan, fds: &[OwnedFd], scratch: &Path) -> Step {
         .map_err(at("unshare mounts"))?;
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     rustix::mount::mount_change("/", private).map_err(at("make mounts private"))?;
-    let tight = MountFlags::NOSUID | MountFlags::NOEXEC;
-    let options = c"size=64k,nr_inodes=128,mode=0755";
-    rustix::mount::mount("none", scratch, "tmpfs", tight, options).map_err(at("mount the root"))?;
-    rustix::process::chdir(scratch).map_err(at("enter the root"))?;
+    let (name, flags) = (crate::SCRATCH, OFlags::PATH | OFlags::DIRECTORY);
+    let scratch = open_beneath(installation, name, flags, 0)
+        .map_err(at("open the directory for the root"))?;
+    let root = tmpfs(&[("size", "64k"), ("nr_inodes", "128"), ("mode", "0755")])
+        .map_err(at("make the root"))?;
+    attach(&root, &scratch).map_err(at("mount the root"))?;
+    rustix::process::fchdir(&root).map_err(at("enter the root"))?;
+    let mask = rustix::process::umask(Mode::empty());
     for (entry, tree) in plan.root.iter().zip(&trees) {
-        place(entry, tree.as_ref()).map_err(|e| format!("place {entry:?}: {e}"))?;
+        place(&root, entry, tree.as_ref()).map_err(|e| format!("place {entry:?}: {e}"))?;
     }
-    rustix::mount::mount_remount(".", MountFlags::BIND | MountFlags::RDONLY | tight, c"")
-        .map_err(at("make the root read-only"))?;
+    rustix::process::umask(mask);
+    attributes(&root, libc::MOUNT_ATTR_RDONLY, 0).map_err(at("make the root read-only"))?;
     rustix::process::pivot_root(".", ".").map_err(at("pivot_root"))?;
     rustix::mount::unmount(".", UnmountFlags::DETACH).map_err(at("let the old root go"))?;
     rustix::process::chdir("/").map_err(at("enter /"))
 }
 
-fn place(entry: &Entry, tree: Option<&OwnedFd>) -> io::Result<()> {
-    let at = match entry {
-        Entry::Bind { at, .. }
-        | Entry::BindWrite { at, .. }
-        | Entry::Device { at, .. }
-        | Entry::Link { at, .. } => at.trim_start_matches('/'),
-    };
-    let mut dir = String::new();
-    for part in at
-        .split('/')
-        .rev()
-        .skip(1)
-        .collect::<Vec<_>>()
-        .into_iter()
-        .rev()
-    {
-        dir = if dir.is_empty() {
-            part.into()
-        } else {
-            format!("{dir}/{part}")
-        };
-        match rustix::fs::mkdir(&dir, Mode::from_raw_mode(0o755)) {
-            Ok(()) => rustix::fs::chmod(&dir, Mode::from_raw_mode(0o755))?,
-            Err(rustix::io::Errno::EXIST) => {}
-            Err(e) => return Err(e.into()),
-        }
+/// A file system in memory, attached nowhere: nothing of it is run.
+fn tmpfs(options: &[(&str, &str)]) -> io::Result<OwnedFd> {
+    let fs = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    for (key, value) in options {
+        rustix::mount::fsconfig_set_string(&fs, *key, *value)?;
     }
+    rustix::mount::fsconfig_create(&fs)?;
+    let tight = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    Ok(rustix::mount::fsmount(
+        &fs,
+        FsMountFlags::FSMOUNT_CLOEXEC,
+        tight,
+    )?)
+}
+
+/// Attaches a mount at what `target` is, by descriptors alone.
+fn attach(mount: &OwnedFd, target: &OwnedFd) -> io::Result<()> {
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    Ok(rustix::mount::move_mount(mount, "", target, "", flags)?)
+}
+
+/// Sets and clears attributes of the mount that `mount` is the root of.
+fn attributes(mount: &OwnedFd, set: u64, clear: u64) -> io::Result<()> {
+    let attr = libc::mount_attr {
+        attr_set: set,
+        attr_clr: clear,
+        propagation: 0,
+        userns_fd: 0,
+    };
+    // SAFETY: the call reads one `mount_attr` of the size that is given, which outlives it.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            &raw const attr,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if done == 0 {
+        return Ok(());
+    }
+    Err(io::Error::last_os_error())
+}
+
+fn place(root: &OwnedFd, entry: &Entry, tree: Option<&OwnedFd>) -> io::Result<()> {
+    let at = entry.at().trim_start_matches('/');
+    let (dir, name) = match at.rsplit_once('/') {
+        Some((dirs, name)) => (directory(root, dirs)?, name),
+        None => (root.try_clone()?, at),
+    };
     let Some(tree) = tree else {
         let Entry::Link { to, .. } = entry else {
             return Ok(());
         };
-        return Ok(rustix::fs::symlink(to, at)?);
+        return Ok(rustix::fs::symlinkat(to, &dir, name)?);
     };
     let stat = rustix::fs::statat(tree, "", AtFlags::EMPTY_PATH)?;
     if matches!(entry, Entry::Device { .. }) && stat.st_mode & 0o006 != 0o006 {
         // Not for everybody outside (/dev/kvm): a node of its own, for the one who is inside.
-        let mode = Mode::from_raw_mode(0o666);
-        rustix::fs::mknodat(CWD, at, FileType::CharacterDevice, mode, stat.st_rdev)?;
-        return Ok(rustix::fs::chmod(at, mode)?);
+        let (kind, mode) = (FileType::CharacterDevice, Mode::from_raw_mode(0o666));
+        return Ok(rustix::fs::mknodat(&dir, name, kind, mode, stat.st_rdev)?);
     }
-    if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
-        rustix::fs::mkdir(at, Mode::from_raw_mode(0o755))?;
+    let target = if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
+        rustix::fs::mkdirat(&dir, name, Mode::from_raw_mode(0o755))?;
+        beneath(&dir, name, OFlags::PATH | OFlags::DIRECTORY, 0)?
     } else {
-        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
-        rustix::fs::open(at, flags, Mode::from_raw_mode(0o600))?;
-    }
-    rustix::mount::move_mount(tree, "", CWD, at, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
-    let flags = MountFlags::BIND
-        | MountFlags::NOSUID
+        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY;
+        beneath(&dir, name, flags, 0o600)?
+    };
+    let set = libc::MOUNT_ATTR_NOSUID
         | match entry {
-            Entry::Device { .. } => MountFlags::NOEXEC | MountFlags::RDONLY,
-            Entry::BindWrite { .. } => MountFlags::NOEXEC | MountFlags::NODEV,
-            _ => MountFlags::NODEV | MountFlags::RDONLY,
+            Entry::Device { .. } => libc::MOUNT_ATTR_NOEXEC | libc::MOUNT_ATTR_RDONLY,
+            Entry::BindWrite { .. } => libc::MOUNT_ATTR_NOEXEC | libc::MOUNT_ATTR_NODEV,
+            _ => libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_RDONLY,
         };
-    Ok(rustix::mount::mount_remount(at, flags, c"")?)
+    let all = libc::MOUNT_ATTR_NOEXEC | libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NODEV;
+    attributes(tree, set, all & !set)?;
+    attach(tree, &target)
+}
+
+/// The directory at `path` beneath `root`, made where it is missing.
+fn directory(root: &OwnedFd, path: &str) -> io::Result<OwnedFd> {
+    let mut dir = root.try_clone()?;
+    for part in path.split('/') {
+        match rustix::fs::mkdirat(&dir, part, Mode::from_raw_mode(0o755)) {
+            Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+            Err(e) => return Err(e.into()),
+        }
+        dir = beneath(&dir, part, OFlags::PATH | OFlags::DIRECTORY, 0)?;
+    }
+    Ok(dir)
 }
 
 /// Reading and running what is in the root, writing what is meant to be, nothing else; no TCP; no

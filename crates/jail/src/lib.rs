@@ -36,7 +36,9 @@ pub mod vmm;
 pub use files::open_beneath;
 pub use launch::main;
 
-/// Where the VMM and its libraries are, below an installation's root.
+/// Kernel, images, VMMs, below an installation's root.
+pub const ARTIFACTS: &str = "var/lib/casemate/artifacts";
+/// Where QEMU and its libraries are, below an installation's root.
 pub const CLOSURE: &str = "var/lib/casemate/artifacts/closure";
 /// What is at rest of workspaces, below an installation's root: casemate-volumes' own.
 pub const VOLUMES: &str = "var/lib/casemate/volumes";

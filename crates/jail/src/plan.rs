@@ -3,12 +3,12 @@
 
 use crate::ask::Kind;
 use crate::cgroup::Bounds;
+use crate::files::{beneath, open_beneath, open_of_root};
 use crate::launch::{Step, at};
 use crate::limits::{
     DISK_MEMORY_MB, DISK_MEMORY_MIN_MB, DISK_UID, MKFS_UID, NET_UID, PIDS_MAX, STATE_MAX_BYTES,
     VMCTL_UID, VMM_OVERHEAD_MB, VMM_UID, VOLUMES_UID,
 };
-use crate::open_beneath;
 use api::warden::Start;
 use rustix::fd::OwnedFd;
 use rustix::fs::OFlags;
@@ -115,6 +115,19 @@ pub enum Entry {
         /// Where, absolute.
         at: String,
     },
+}
+
+impl Entry {
+    /// Where it is, absolute.
+    #[must_use]
+    pub fn at(&self) -> &str {
+        match self {
+            Self::Bind { at, .. }
+            | Self::BindWrite { at, .. }
+            | Self::Device { at, .. }
+            | Self::Link { at, .. } => at,
+        }
+    }
 }
 
 /// The plan of `kind` in the installation at `root`, and its descriptors: those given, and those of
@@ -264,26 +277,7 @@ fn vmm(mut jail: Jail, kind: Kind, given: &mut Given, root: &Path) -> Step<Jail>
     else {
         return Err("no VMM".into());
     };
-    let closure = root.join(crate::CLOSURE);
-    for entry in std::fs::read_dir(&closure).map_err(at("read the closure"))? {
-        let entry = entry.map_err(at("read the closure"))?;
-        let Ok(name) = entry.file_name().into_string() else {
-            continue;
-        };
-        let place = format!("/{name}");
-        if entry
-            .file_type()
-            .map_err(at("read the closure"))?
-            .is_symlink()
-        {
-            let to = std::fs::read_link(entry.path()).map_err(at("read the closure"))?;
-            let to = to.to_string_lossy().into_owned();
-            jail.plan.root.push(Entry::Link { to, at: place });
-        } else {
-            let fd = handle(&closure, &name).map_err(at("open the closure"))?;
-            jail.bind(fd, &place);
-        }
-    }
+    closure(&mut jail, root)?;
     jail.bind(given.next("image")?, "/image/base.erofs");
     jail.plan.stderr = Some(jail.own(given.next("stderr")?));
     for what in ["QMP channel", "agent channel", "tap"] {
@@ -313,6 +307,37 @@ fn vmm(mut jail: Jail, kind: Kind, given: &mut Given, root: &Path) -> Step<Jail>
     jail.plan.oom_score_adj = 500;
     jail.plan.confine = true;
     Ok(jail)
+}
+
+/// QEMU, its libraries and firmware: what is in the closure's directory, links as links.
+fn closure(jail: &mut Jail, root: &Path) -> Step {
+    let step = "open the closure";
+    let artifacts = open_of_root(&root.join(crate::ARTIFACTS)).map_err(at(step))?;
+    let closure =
+        beneath(&artifacts, "closure", OFlags::RDONLY | OFlags::DIRECTORY, 0).map_err(at(step))?;
+    for entry in rustix::fs::Dir::read_from(&closure).map_err(at("read the closure"))? {
+        let entry = entry.map_err(at("read the closure"))?;
+        let Ok(name) = entry.file_name().to_str() else {
+            continue;
+        };
+        if matches!(name, "." | "..") {
+            continue;
+        }
+        let place = format!("/{name}");
+        match rustix::fs::readlinkat(&closure, name, Vec::new()) {
+            Ok(to) => {
+                let to = to.to_string_lossy().into_owned();
+                jail.plan.root.push(Entry::Link { to, at: place });
+            }
+            // No link.
+            Err(rustix::io::Errno::INVAL) => {
+                let fd = beneath(&closure, name, OFlags::PATH, 0).map_err(at(step))?;
+                jail.bind(fd, &place);
+            }
+            Err(e) => return Err(at("read the closure")(e)),
+        }
+    }
+    Ok(())
 }
 
 /// The VMM's arguments, its name first: constants of the driver and numbers, all of it ASCII.

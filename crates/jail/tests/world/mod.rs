@@ -82,6 +82,11 @@ impl World {
         Self { dir, groups }
     }
 
+    /// Whatever the launcher makes of it.
+    pub fn start(&self, slot: u16) -> Jail {
+        self.jail(slot, Start::Template, &[])
+    }
+
     fn file(&self, name: &str, flags: OFlags) -> OwnedFd {
         open_beneath(&self.dir, name, flags, 0).unwrap()
     }

@@ -38,12 +38,8 @@ enum Verdict {
     Let,
     /// Not made; the caller reads this.
     Answer(i64),
-    /// Made with this argument changed.
-    Argument(usize, u64),
     /// Made with this word of its memory changed.
     Word(u64, u64),
-    /// Made with a path that lacks its first byte.
-    Relative(u64),
 }
 
 pub struct Tracer {
@@ -152,20 +148,7 @@ impl Tracer {
                 ptrace(libc::PTRACE_SETREGS, pid, 0, &raw const regs as u64);
                 self.answers.insert(pid, answer);
             }
-            Verdict::Argument(i, value) => {
-                let mut regs = registers(pid);
-                match i {
-                    3 => regs.r10 = value,
-                    _ => panic!("argument {i}"),
-                }
-                ptrace(libc::PTRACE_SETREGS, pid, 0, &raw const regs as u64);
-            }
             Verdict::Word(address, value) => ptrace(libc::PTRACE_POKEDATA, pid, address, value),
-            Verdict::Relative(address) => {
-                let mut regs = registers(pid);
-                regs.rdi = address + 1;
-                ptrace(libc::PTRACE_SETREGS, pid, 0, &raw const regs as u64);
-            }
         }
     }
 
@@ -199,11 +182,9 @@ impl Tracer {
             libc::SYS_chdir if without(Part::Root) && text(pid, args[0]) == "/" => {
                 Verdict::Answer(0)
             }
-            libc::SYS_open if without(Part::Root) && text(pid, args[0]) == jail::plan::VMM => {
-                Verdict::Relative(args[0])
-            }
-            libc::SYS_mount if without(Part::ReadOnly) && args[3] & libc::MS_REMOUNT != 0 => {
-                Verdict::Argument(3, args[3] & !libc::MS_RDONLY)
+            libc::SYS_mount_setattr if without(Part::ReadOnly) => {
+                let set = word(pid, args[3]);
+                Verdict::Word(args[3], set & !libc::MOUNT_ATTR_RDONLY)
             }
             libc::SYS_setresuid | libc::SYS_setresgid if without(Part::Uid) => Verdict::Answer(0),
             libc::SYS_capset if without(Part::Capabilities) => Verdict::Answer(0),
