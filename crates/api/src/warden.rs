@@ -356,13 +356,19 @@ pub struct Counters {
     pub in_dropped_packets: u64,
     /// Packets from the guest that the firewall dropped.
     pub out_dropped_packets: u64,
+    /// Packets towards the guest that were above its rates.
+    #[serde(default)]
+    pub in_limited_packets: u64,
+    /// Packets from the guest that were above its rates.
+    #[serde(default)]
+    pub out_limited_packets: u64,
     /// Packets handed to the tap towards the guest.
     pub in_packets: u64,
     /// Packets from the guest.
     pub out_packets: u64,
-    /// CPU time of the VMM's cgroup, ns.
+    /// CPU time of all that the slot runs (VMM, vmctl, disk), ns.
     pub cpu_ns: u64,
-    /// Memory of the VMM's cgroup, bytes.
+    /// Memory of the VMM and its vmctl, bytes.
     pub memory_bytes: u64,
     /// Bytes allocated to the disk file.
     pub disk_bytes: u64,

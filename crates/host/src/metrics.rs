@@ -24,6 +24,8 @@ struct Gauges {
     dead: Gauge,
     dropped_in: Gauge,
     dropped_out: Gauge,
+    limited_in: Gauge,
+    limited_out: Gauge,
     cpu_ns: Gauge,
     memory_bytes: Gauge,
     disk_bytes: Gauge,
@@ -73,7 +75,15 @@ impl Gauges {
                 "warden_dropped_out_packets",
                 "Packets from guests on their slots that the firewall dropped",
             ),
-            cpu_ns: gauge("vmm_cpu_ns", "CPU time of the VMMs that run"),
+            limited_in: gauge(
+                "warden_limited_in_packets",
+                "Packets towards guests on their slots that were above their rates",
+            ),
+            limited_out: gauge(
+                "warden_limited_out_packets",
+                "Packets from guests on their slots that were above their rates",
+            ),
+            cpu_ns: gauge("vmm_cpu_ns", "CPU time of the slots that run"),
             memory_bytes: gauge("vmm_memory_bytes", "Memory of the VMMs that run"),
             disk_bytes: gauge("disk_allocated_bytes", "Bytes allocated to their disks"),
         }
@@ -98,12 +108,16 @@ impl Gauges {
             let c = shared.peers.counters(slot.slot).await.unwrap_or_default();
             sum.in_dropped_packets += c.in_dropped_packets;
             sum.out_dropped_packets += c.out_dropped_packets;
+            sum.in_limited_packets += c.in_limited_packets;
+            sum.out_limited_packets += c.out_limited_packets;
             sum.cpu_ns += c.cpu_ns;
             sum.memory_bytes += c.memory_bytes;
             sum.disk_bytes += c.disk_bytes;
         }
         self.dropped_in.set(as_i64(sum.in_dropped_packets));
         self.dropped_out.set(as_i64(sum.out_dropped_packets));
+        self.limited_in.set(as_i64(sum.in_limited_packets));
+        self.limited_out.set(as_i64(sum.out_limited_packets));
         self.cpu_ns.set(as_i64(sum.cpu_ns));
         self.memory_bytes.set(as_i64(sum.memory_bytes));
         self.disk_bytes.set(as_i64(sum.disk_bytes));

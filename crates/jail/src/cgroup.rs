@@ -1,8 +1,14 @@
-//! Control groups: one for a slot's VMM and vmctl, one for its disk. cgroup v2 where its
-//! controllers are free, else v1.
+//! Control groups. cgroup v2 where its controllers are free, else v1.
 //!
-//! All groups of an installation are below one directory of its own, so that a sweep finds every
-//! process of a slot, journal or not.
+//! ```text
+//! casemate-<instance>     all of an installation: a sweep finds every process, journal or not
+//!   slot-3                CPU time: what a guest makes its disk compute is the guest's
+//!     vm                  the VMM and vmctl: memory, threads
+//!     disk                the disk process: memory, threads
+//! ```
+//!
+//! Slots of one machine share its CPUs by their number of virtual ones, however many threads each
+//! has; so a slot that has not used up its own time gets it beside any other's flood.
 
 use crate::fault::{At, Result, log};
 use crate::limits::KILL_WAIT;
@@ -25,13 +31,13 @@ pub struct Cgroups {
 /// Bounds of one group.
 #[derive(Debug, Clone, Copy)]
 pub struct Bounds {
-    /// Memory, bytes.
-    pub memory_bytes: u64,
+    /// Memory, bytes; no bound but those of the groups in it.
+    pub memory_bytes: Option<u64>,
     /// Memory that is not reclaimed, bytes (v2 only).
     pub memory_min_bytes: u64,
-    /// Threads.
-    pub pids: u64,
-    /// CPU time per 100 ms, µs.
+    /// Threads; no bound but those of the groups in it.
+    pub pids: Option<u64>,
+    /// CPU time per 100 ms, µs: the bound, and the weight beside other groups.
     pub cpu_us: u64,
 }
 
@@ -88,7 +94,7 @@ impl Cgroups {
         self.tops.iter().map(|t| t.join(name)).collect()
     }
 
-    /// Makes the group, or sets its bounds anew.
+    /// Makes the group, or sets its bounds anew. One that is in another is made after that.
     ///
     /// # Errors
     /// The file that could not be written.
@@ -96,48 +102,56 @@ impl Cgroups {
         for dir in self.dirs(name) {
             mkdir(&dir)?;
         }
-        let cpu = format!("{} 100000", b.cpu_us);
+        let text = |n: Option<u64>, none: &str| n.map_or(none.to_owned(), |n| n.to_string());
+        let weight = (b.cpu_us / 1000).clamp(1, 10_000);
         if self.v2 {
             let dir = self.tops[0].join(name);
-            write(&dir.join("memory.max"), &b.memory_bytes.to_string())?;
+            write(&dir.join("memory.max"), &text(b.memory_bytes, "max"))?;
             write(&dir.join("memory.min"), &b.memory_min_bytes.to_string())?;
-            write(&dir.join("pids.max"), &b.pids.to_string())?;
-            return write(&dir.join("cpu.max"), &cpu);
+            write(&dir.join("pids.max"), &text(b.pids, "max"))?;
+            write(&dir.join("cpu.weight"), &weight.to_string())?;
+            write(&dir.join("cpu.max"), &format!("{} 100000", b.cpu_us))?;
+            return match name.split_once('/') {
+                None => write(&dir.join("cgroup.subtree_control"), "+memory +cpu +pids"),
+                Some(_) => Ok(()),
+            };
         }
         let [memory, cpu, _, pids] = [0, 1, 2, 3].map(|i| self.tops[i].join(name));
-        write(
-            &memory.join("memory.limit_in_bytes"),
-            &b.memory_bytes.to_string(),
-        )?;
+        let limit = text(b.memory_bytes, "-1");
+        write(&memory.join("memory.limit_in_bytes"), &limit)?;
+        // 1024 is v1's 100.
+        let shares = (weight * 1024 / 100).to_string();
+        write(&cpu.join("cpu.shares"), &shares)?;
         write(&cpu.join("cpu.cfs_period_us"), "100000")?;
         write(&cpu.join("cpu.cfs_quota_us"), &b.cpu_us.to_string())?;
-        write(&pids.join("pids.max"), &b.pids.to_string())
+        write(&pids.join("pids.max"), &text(b.pids, "max"))
     }
 
-    /// (CPU time in ns, memory in bytes) of the group; zeros if it is gone.
+    /// CPU time of the group and those in it, ns; 0 if it is gone.
     #[must_use]
-    pub fn usage(&self, name: &str) -> (u64, u64) {
-        let number = |p: PathBuf| -> u64 {
-            std::fs::read_to_string(p)
-                .ok()
-                .and_then(|s| s.trim().parse().ok())
-                .unwrap_or(0)
-        };
+    pub fn cpu_ns(&self, name: &str) -> u64 {
         if !self.v2 {
-            return (
-                number(self.tops[2].join(name).join("cpuacct.usage")),
-                number(self.tops[0].join(name).join("memory.usage_in_bytes")),
-            );
+            return number(&self.tops[2].join(name).join("cpuacct.usage"));
         }
-        let dir = self.tops[0].join(name);
-        let stat = std::fs::read_to_string(dir.join("cpu.stat")).unwrap_or_default();
-        let us = stat
-            .lines()
-            .find_map(|l| l.strip_prefix("usage_usec ")?.parse::<u64>().ok());
-        (us.unwrap_or(0) * 1000, number(dir.join("memory.current")))
+        let stat = self.tops[0].join(name).join("cpu.stat");
+        let stat = std::fs::read_to_string(stat).unwrap_or_default();
+        let mut lines = stat.lines();
+        let us = lines.find_map(|l| l.strip_prefix("usage_usec ")?.parse::<u64>().ok());
+        us.unwrap_or(0) * 1000
     }
 
-    /// Names of the groups there are.
+    /// Memory of the group, bytes; 0 if it is gone.
+    #[must_use]
+    pub fn memory_bytes(&self, name: &str) -> u64 {
+        let file = if self.v2 {
+            "memory.current"
+        } else {
+            "memory.usage_in_bytes"
+        };
+        number(&self.tops[0].join(name).join(file))
+    }
+
+    /// Names of the slots' groups there are.
     #[must_use]
     pub fn list(&self) -> Vec<String> {
         let mut names: Vec<String> = self
@@ -158,13 +172,14 @@ impl Cgroups {
         names
     }
 
-    /// Kills what is in the group and removes it; whether it is gone.
+    /// Kills what is in the group and those in it, and removes them; whether they are gone.
     #[must_use]
     pub fn remove(&self, name: &str) -> bool {
         let end = Instant::now() + KILL_WAIT;
         loop {
             let mut left = false;
-            for dir in self.dirs(name) {
+            let tops = self.dirs(name).into_iter();
+            for dir in tops.flat_map(|top| inner(&top).into_iter().chain([top])) {
                 for pid in pids(&dir) {
                     // By pidfd: between reading and killing, the pid may have changed hands.
                     if let Some(handle) = Proc::of(pid).and_then(Proc::handle)
@@ -196,6 +211,17 @@ impl Cgroups {
             let _ = std::fs::remove_dir(top);
         }
     }
+}
+
+/// The groups in a group.
+fn inner(dir: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    entries.map(|e| e.path()).filter(|p| p.is_dir()).collect()
+}
+
+fn number(file: &Path) -> u64 {
+    let text = std::fs::read_to_string(file).unwrap_or_default();
+    text.trim().parse().unwrap_or(0)
 }
 
 fn pids(dir: &Path) -> Vec<u32> {

@@ -64,7 +64,9 @@ pub fn weakened() -> Vec<String> {
     let caps = rustix::thread::capabilities(None).map(|c| c.effective);
     if !caps.is_ok_and(|c| c.contains(rustix::thread::CapabilitySet::SYS_RESOURCE)) {
         weak.push(
-            "no CAP_SYS_RESOURCE: the out-of-memory killer may take a disk process first".into(),
+            "no CAP_SYS_RESOURCE: the out-of-memory killer may take a disk process first; \
+             limits.pids bounds a VMM by its control group, and not above 128 and its CPUs"
+                .into(),
         );
     }
     weak

@@ -303,7 +303,7 @@ fn vmm(mut jail: Jail, kind: Kind, given: &mut Given, root: &Path) -> Step<Jail>
         jail.device("kvm")?;
     }
     jail.plan.argv = vmm_argv(how, memory_mb, cpus, kvm);
-    jail.plan.nproc = PIDS_MAX + u64::from(cpus);
+    jail.plan.nproc = vm_pids(cpus, 0);
     jail.plan.oom_score_adj = 500;
     jail.plan.confine = true;
     Ok(jail)
@@ -468,14 +468,35 @@ fn mkfs(file: OwnedFd) -> Step<Jail> {
     Ok(jail)
 }
 
-/// Bounds of a VM's group.
+/// Bounds of all that a slot runs: what a guest makes its disk and its vmctl compute is the guest's
+/// own CPU time. Memory and threads are bounded one level below.
 #[must_use]
-pub fn vm_bounds(memory_mb: u32, cpus: u32, translator_mb: u64) -> Bounds {
+pub fn slot_bounds(cpus: u32) -> Bounds {
     Bounds {
-        memory_bytes: (u64::from(memory_mb) + VMM_OVERHEAD_MB + translator_mb) * MIB,
+        memory_bytes: None,
         memory_min_bytes: 0,
-        pids: PIDS_MAX + u64::from(cpus),
+        pids: None,
         cpu_us: u64::from(cpus) * 100_000,
+    }
+}
+
+/// Bounds of a slot's VMM and vmctl; `pids` as asked, 0 for the default.
+#[must_use]
+pub fn vm_bounds(memory_mb: u32, cpus: u32, translator_mb: u64, pids: u32) -> Bounds {
+    Bounds {
+        memory_bytes: Some((u64::from(memory_mb) + VMM_OVERHEAD_MB + translator_mb) * MIB),
+        memory_min_bytes: 0,
+        pids: Some(vm_pids(cpus, pids)),
+        cpu_us: u64::from(cpus) * 100_000,
+    }
+}
+
+/// Threads and processes of a VMM and its vmctl; `pids` as asked, 0 for the default.
+#[must_use]
+pub fn vm_pids(cpus: u32, pids: u32) -> u64 {
+    match pids {
+        0 => PIDS_MAX + u64::from(cpus),
+        asked => asked.into(),
     }
 }
 
@@ -483,9 +504,9 @@ pub fn vm_bounds(memory_mb: u32, cpus: u32, translator_mb: u64) -> Bounds {
 #[must_use]
 pub fn disk_bounds() -> Bounds {
     Bounds {
-        memory_bytes: DISK_MEMORY_MB * MIB,
+        memory_bytes: Some(DISK_MEMORY_MB * MIB),
         memory_min_bytes: DISK_MEMORY_MIN_MB * MIB,
-        pids: PIDS_MAX,
+        pids: Some(PIDS_MAX),
         cpu_us: 100_000,
     }
 }

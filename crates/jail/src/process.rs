@@ -8,7 +8,7 @@ use api::Error;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fd::{AsFd, BorrowedFd, FromRawFd as _, OwnedFd};
 use rustix::net::SendFlags;
-use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
+use rustix::process::{Pid, PidfdFlags, Resource, Rlimit, Signal, WaitId, WaitIdOptions};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -92,6 +92,26 @@ impl Handle {
             self.reap();
         }
         gone
+    }
+
+    /// Bounds the processes and threads of its user, in its user namespace.
+    ///
+    /// # Errors
+    /// When it is gone, or the kernel refuses.
+    pub fn nproc(&self, max: u64) -> Result {
+        // A pid says nothing by itself: it is this process's as long as nobody reaped it.
+        let pid = Pid::from_raw(self.proc.pid.cast_signed());
+        let pid = pid.filter(|_| Proc::of(self.proc.pid) == Some(self.proc));
+        let pid = pid.ok_or_else(|| Error::internal("the process is gone"))?;
+        let limit = Rlimit {
+            current: Some(max),
+            maximum: Some(max),
+        };
+        match rustix::process::prlimit(Some(pid), Resource::Nproc, limit) {
+            // Needs CAP_SYS_RESOURCE, which a container may lack: its control group bounds it.
+            Ok(_) | Err(rustix::io::Errno::PERM) => Ok(()),
+            Err(e) => Err(e).at("bound the threads of process", self.proc.pid),
+        }
     }
 
     /// Its end, if it was ours to be told; `None` for an adopted one.

@@ -23,7 +23,7 @@ pub const PORT_AGENT_TLS: u16 = 9991;
 pub const PORT_AGENT_RAW: u16 = 9990;
 
 /// Network bandwidth of a workspace, each way, bytes/s.
-pub const NET_BYTES_PER_S: std::ops::RangeInclusive<u64> = 64 << 10..=1 << 37;
+pub const NET_BYTES_PER_S: std::ops::RangeInclusive<u64> = 64 << 10..=1 << 33;
 /// Network packets/s of a workspace, each way.
 pub const NET_PACKETS_PER_S: std::ops::RangeInclusive<u64> = 100..=100_000_000;
 /// Processes and threads that the VMM of a workspace may have on the machine.

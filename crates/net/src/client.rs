@@ -1,9 +1,10 @@
 //! Warden's side of the channel.
 
 use crate::network::Network;
-use crate::wire::{Ask, MESSAGE_MAX_BYTES, Said};
+use crate::tap;
+use crate::wire::{Ask, MESSAGE_MAX_BYTES, Rules, Said};
 use api::Error;
-use api::warden::Open;
+use api::warden::Counters;
 use jail::ask::Kind;
 use jail::channel;
 use jail::fault::{At, Result, log};
@@ -25,7 +26,7 @@ pub struct Client {
     kind: Kind,
     live: Option<Live>,
     /// What stands: told to the next process when one died.
-    slots: BTreeMap<u16, Vec<Open>>,
+    slots: BTreeMap<u16, Rules>,
 }
 
 struct Live {
@@ -47,34 +48,33 @@ impl Client {
         }
     }
 
-    /// Makes the firewall hold these slots with their openings, and nothing else.
+    /// Makes the firewall hold these slots with their rules, and nothing else.
     ///
     /// # Errors
     /// The process's start's; the firewall's, and the old one stands then.
-    pub fn stands(&mut self, slots: BTreeMap<u16, Vec<Open>>) -> Result {
+    pub fn stands(&mut self, slots: BTreeMap<u16, Rules>) -> Result {
         self.slots = slots;
         self.restart()
     }
 
-    /// Makes the slot's tap and lets its own addresses in; opens nothing.
+    /// Makes the slot's tap and lets its own addresses in; opens and bounds nothing.
     ///
     /// # Errors
     /// The step that failed.
     pub fn tap(&mut self, slot: u16) -> Result<OwnedFd> {
         let (_, tap) = self.ask(&Ask::Tap { slot })?;
-        self.slots.insert(slot, vec![]);
+        self.slots.insert(slot, Rules::default());
         tap.ok_or_else(|| Error::internal("casemate-net sent no tap"))
     }
 
-    /// Replaces the slot's openings.
+    /// Replaces the slot's rules.
     ///
     /// # Errors
     /// The firewall's; nothing has changed then.
-    pub fn open(&mut self, slot: u16, open: &[Open]) -> Result {
+    pub fn set(&mut self, slot: u16, rules: Rules) -> Result {
         // First, so that a process that starts anew knows no opening that was to close.
-        self.slots.insert(slot, open.to_vec());
-        let open = open.to_vec();
-        self.ask(&Ask::Open { slot, open }).map(drop)
+        self.slots.insert(slot, rules.clone());
+        self.ask(&Ask::Set { slot, rules }).map(drop)
     }
 
     /// Takes the slot out. Idempotent.
@@ -86,15 +86,24 @@ impl Client {
         self.ask(&Ask::Remove { slot }).map(drop)
     }
 
-    /// Packets dropped (towards the guest, from the guest).
+    /// The slot's counters of packets; the others are 0.
     ///
     /// # Errors
     /// The firewall's.
-    pub fn dropped(&mut self, slot: u16) -> Result<(u64, u64)> {
-        match self.ask(&Ask::Dropped { slot })?.0 {
-            Said::Dropped { inward, outward } => Ok((inward, outward)),
-            _ => Err(Error::internal("casemate-net counted nothing")),
-        }
+    pub fn counters(&mut self, slot: u16) -> Result<Counters> {
+        let Said::Dropped(drops) = self.ask(&Ask::Dropped { slot })?.0 else {
+            return Err(Error::internal("casemate-net counted nothing"));
+        };
+        let (out_packets, in_packets) = tap::packets(slot);
+        Ok(Counters {
+            in_dropped_packets: drops.inward,
+            out_dropped_packets: drops.outward,
+            in_limited_packets: drops.inward_limited,
+            out_limited_packets: drops.outward_limited,
+            in_packets,
+            out_packets,
+            ..Counters::default()
+        })
     }
 
     /// Its process, for tests and for the operator.
@@ -137,9 +146,9 @@ impl Client {
         let (channel, theirs) = channel::pair().at("make a channel for", "casemate-net")?;
         let handle = self.launcher.spawn(self.kind, &[], &[exe, theirs])?.go()?;
         self.live = Some(Live { handle, channel });
-        let stands = self.slots.iter().map(|(slot, open)| Ask::Stands {
+        let stands = self.slots.iter().map(|(slot, rules)| Ask::Stands {
             slot: *slot,
-            open: open.clone(),
+            rules: rules.clone(),
         });
         for ask in stands.chain([Ask::Rebuild]) {
             self.try_ask(&ask)

@@ -22,3 +22,4 @@ pub mod wire;
 
 pub use client::Client;
 pub use network::Network;
+pub use wire::Rules;

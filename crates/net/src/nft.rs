@@ -4,14 +4,29 @@
 //! Nothing passes but a triple (who, to which guest, which port) that is in a set, and answers to
 //! it: the reverse direction looks the same triple up again, so that closing it cuts what is
 //! under way. Spoofed addresses fall before that; IPv6 always; ARP but for the guest's own.
+//!
+//! A slot's rates are elements of sets that are looked up by its tap: a token bucket each for bytes
+//! and packets, each way, that holds one second's worth (of bytes [`BURST_BYTES`] more). What is
+//! above is dropped before anything else is done with it, counted. ARP has a bucket of its own.
 //! Must never be given text: all that goes into a command is made of numbers here.
 
 use crate::network::{Network, mac, mac_text, tap_name};
+use crate::wire::{Drops, Rules};
 use api::Error;
-use api::warden::{Open, Source};
+use api::warden::{NetRates, Open, Source};
 use jail::fault::{At, Result};
+use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::fmt::Write as _;
+
+/// What a bucket of bytes holds beyond one second's worth: one segment as large as a guest's
+/// network card may send passes the lowest rate.
+const BURST_BYTES: u64 = 128 << 10;
+/// The kernel counts tokens in 64 bits of nanoseconds times bytes: what is above it can't count.
+const _: () = assert!(
+    (*model::limits::NET_BYTES_PER_S.end() + BURST_BYTES) as u128 * 1_000_000_000
+        < u64::MAX as u128
+);
 
 /// The firewall.
 pub struct Nft {
@@ -33,15 +48,16 @@ impl Nft {
         })
     }
 
-    /// Replaces the whole table by one that holds exactly these slots and their openings.
+    /// Replaces the whole table by one that holds exactly these slots and their rules.
     ///
     /// # Errors
     /// libnftables' complaint; the old table stands then.
-    pub fn rebuild<'a>(&mut self, slots: impl IntoIterator<Item = (u16, &'a [Open])>) -> Result {
+    pub fn rebuild(&mut self, slots: &BTreeMap<u16, Rules>) -> Result {
         let mut commands = self.base();
-        for (slot, open) in slots {
-            self.slot_elements(&mut commands, "add", slot);
-            self.open_elements(&mut commands, "add", slot, open);
+        for (slot, rules) in slots {
+            self.slot_elements(&mut commands, "add", *slot);
+            self.open_elements(&mut commands, "add", *slot, &rules.open);
+            rate_elements(&mut commands, "add", *slot, rules.rates);
         }
         self.lib
             .run(&commands)
@@ -49,7 +65,7 @@ impl Nft {
             .at("rebuild", "the firewall")
     }
 
-    /// Lets the slot's own addresses in, and counts its drops; opens nothing.
+    /// Lets the slot's own addresses in, and counts its drops; opens and bounds nothing.
     ///
     /// # Errors
     /// libnftables' complaint; nothing has changed then.
@@ -62,15 +78,16 @@ impl Nft {
             .at("firewall in slot", slot)
     }
 
-    /// Takes the slot and its openings out.
+    /// Takes the slot and its rules out.
     ///
     /// # Errors
     /// libnftables' complaint; nothing has changed then.
-    pub fn slot_remove(&mut self, slot: u16, open: &[Open]) -> Result {
+    pub fn slot_remove(&mut self, slot: u16, rules: &Rules) -> Result {
         let mut commands = String::new();
         // Added first, so that an element that is not there is no error: removing is idempotent.
         for verb in ["add", "delete"] {
-            self.open_elements(&mut commands, verb, slot, open);
+            self.open_elements(&mut commands, verb, slot, &rules.open);
+            rate_elements(&mut commands, verb, slot, ANY_RATES);
             self.slot_elements(&mut commands, verb, slot);
         }
         self.lib
@@ -79,26 +96,32 @@ impl Nft {
             .at("firewall out slot", slot)
     }
 
-    /// Replaces the slot's openings.
+    /// Replaces the slot's rules.
     ///
     /// # Errors
     /// libnftables' complaint; nothing has changed then.
-    pub fn open_set(&mut self, slot: u16, old: &[Open], new: &[Open]) -> Result {
+    pub fn set(&mut self, slot: u16, old: &Rules, new: &Rules) -> Result {
         let mut commands = String::new();
-        self.open_elements(&mut commands, "add", slot, old);
-        self.open_elements(&mut commands, "delete", slot, old);
-        self.open_elements(&mut commands, "add", slot, new);
+        self.open_elements(&mut commands, "add", slot, &old.open);
+        self.open_elements(&mut commands, "delete", slot, &old.open);
+        self.open_elements(&mut commands, "add", slot, &new.open);
+        // Left alone where they stay as they are: a new bucket is a full one.
+        if old.rates != new.rates {
+            rate_elements(&mut commands, "add", slot, ANY_RATES);
+            rate_elements(&mut commands, "delete", slot, ANY_RATES);
+            rate_elements(&mut commands, "add", slot, new.rates);
+        }
         self.lib
             .run(&commands)
             .map(drop)
-            .at("open ports of slot", slot)
+            .at("set the rules of slot", slot)
     }
 
-    /// Packets dropped (towards the guest, from the guest).
+    /// Packets dropped.
     ///
     /// # Errors
     /// libnftables' complaint.
-    pub fn dropped(&mut self, slot: u16) -> Result<(u64, u64)> {
+    pub fn dropped(&mut self, slot: u16) -> Result<Drops> {
         let mut one = |set: &str| -> Result<u64> {
             let command = format!(
                 "get element inet casemate {set} {{ \"{}\" }}",
@@ -110,7 +133,12 @@ impl Nft {
                 .and_then(|(_, n)| n.split(' ').next()?.parse().ok());
             Ok(number.unwrap_or(0))
         };
-        Ok((one("drop_in")?, one("drop_out")?))
+        Ok(Drops {
+            inward: one("drop_in")?,
+            outward: one("drop_out")?,
+            inward_limited: one("limited_in")?,
+            outward_limited: one("limited_out")?,
+        })
     }
 
     fn base(&self) -> String {
@@ -126,8 +154,16 @@ table inet casemate {{
  set pins {{ typeof iifname . ether saddr . ip saddr; }}
  set drop_in {{ typeof oifname; counter; }}
  set drop_out {{ typeof iifname; counter; }}
+ set bytes_in {{ typeof oifname; limit rate over 1 bytes/second; }}
+ set bytes_out {{ typeof iifname; limit rate over 1 bytes/second; }}
+ set packets_in {{ typeof oifname; limit rate over 1/second; }}
+ set packets_out {{ typeof iifname; limit rate over 1/second; }}
+ set limited_in {{ typeof oifname; counter; }}
+ set limited_out {{ typeof iifname; counter; }}
  chain prerouting {{ type filter hook prerouting priority raw; policy drop;
   iifname "lo" accept
+  iifname @packets_out iifname @limited_out drop
+  iifname @bytes_out iifname @limited_out drop
   meta nfproto ipv4 iifname . ether saddr . ip saddr @pins accept
   iifname @drop_out drop
  }}
@@ -148,10 +184,16 @@ table inet casemate {{
   oifname @drop_in continue
   iifname @drop_out drop
  }}
+ chain postrouting {{ type filter hook postrouting priority filter; policy accept;
+  oifname @packets_in oifname @limited_in drop
+  oifname @bytes_in oifname @limited_in drop
+ }}
 }}
 table arp casemate {{
+ set packets_out {{ typeof iifname; limit rate over 1/second; }}
  set pins {{ typeof iifname . ether saddr . arp saddr ether . arp saddr ip; }}
  chain input {{ type filter hook input priority filter; policy drop;
+  iifname @packets_out drop
   arp operation request iifname . ether saddr . arp saddr ether . arp saddr ip @pins accept
  }}
  chain output {{ type filter hook output priority filter; policy drop;
@@ -173,6 +215,8 @@ table arp casemate {{
             ),
             ("inet casemate drop_in", format!("\"{tap}\"")),
             ("inet casemate drop_out", format!("\"{tap}\"")),
+            ("inet casemate limited_in", format!("\"{tap}\"")),
+            ("inet casemate limited_out", format!("\"{tap}\"")),
         ] {
             let _ = writeln!(out, "{verb} element {table} {{ {element} }}");
         }
@@ -197,6 +241,41 @@ table arp casemate {{
                     )
                 }
             };
+        }
+    }
+}
+
+/// Names every element that bounds a slot, whatever its rates are: to delete them.
+const ANY_RATES: NetRates = NetRates {
+    bytes_per_s: 1,
+    packets_per_s: 1,
+};
+
+fn rate_elements(out: &mut String, verb: &str, slot: u16, rates: NetRates) {
+    let tap = tap_name(slot);
+    let NetRates {
+        bytes_per_s: bytes,
+        packets_per_s: packets,
+    } = rates;
+    let limits = [
+        (
+            bytes,
+            format!("{bytes} bytes/second burst {BURST_BYTES} bytes"),
+        ),
+        (packets, format!("{packets}/second burst {packets} packets")),
+    ];
+    for (table, (rate, limit)) in [
+        ("inet casemate bytes_in", &limits[0]),
+        ("inet casemate bytes_out", &limits[0]),
+        ("inet casemate packets_in", &limits[1]),
+        ("inet casemate packets_out", &limits[1]),
+        ("arp casemate packets_out", &limits[1]),
+    ] {
+        if *rate > 0 {
+            let _ = writeln!(
+                out,
+                "{verb} element {table} {{ \"{tap}\" limit rate over {limit} }}"
+            );
         }
     }
 }

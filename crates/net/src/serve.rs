@@ -3,8 +3,8 @@
 use crate::network::Network;
 use crate::nft::Nft;
 use crate::tap;
-use crate::wire::{Ask, MESSAGE_MAX_BYTES, Said};
-use api::warden::{Open, Source};
+use crate::wire::{Ask, MESSAGE_MAX_BYTES, Rules, Said};
+use api::warden::Source;
 use jail::channel;
 use jail::fault::{At, Result};
 use rustix::fd::{AsFd as _, BorrowedFd, OwnedFd};
@@ -17,7 +17,7 @@ const CHANNEL_FD: i32 = 3;
 struct Net {
     network: Network,
     nft: Nft,
-    slots: BTreeMap<u16, Vec<Open>>,
+    slots: BTreeMap<u16, Rules>,
 }
 
 /// Serves; `BASE EDGE_UID` are the guests' network as a number and the user whose connections may
@@ -64,34 +64,28 @@ fn serve(network: Network, edge_uid: u32) -> Result {
 impl Net {
     fn answer(&mut self, ask: Ask) -> Result<(Said, Option<OwnedFd>)> {
         match ask {
-            Ask::Stands { slot, open } => {
-                self.slots.insert(slot, open);
+            Ask::Stands { slot, rules } => {
+                self.slots.insert(slot, rules);
             }
-            Ask::Rebuild => {
-                let slots = self.slots.iter().map(|(slot, open)| (*slot, &open[..]));
-                self.nft.rebuild(slots)?;
-            }
+            Ask::Rebuild => self.nft.rebuild(&self.slots)?,
             Ask::Tap { slot } => {
                 let tap = tap::create(self.network, slot)?;
                 self.nft.slot_add(slot)?;
-                self.slots.insert(slot, vec![]);
+                self.slots.insert(slot, Rules::default());
                 return Ok((Said::Done, Some(tap)));
             }
-            Ask::Open { slot, open } => self.open(slot, open)?,
+            Ask::Set { slot, rules } => self.set(slot, rules)?,
             Ask::Remove { slot } => {
-                let open = self.slots.remove(&slot).unwrap_or_default();
-                self.nft.slot_remove(slot, &open)?;
+                let rules = self.slots.remove(&slot).unwrap_or_default();
+                self.nft.slot_remove(slot, &rules)?;
             }
-            Ask::Dropped { slot } => {
-                let (inward, outward) = self.nft.dropped(slot)?;
-                return Ok((Said::Dropped { inward, outward }, None));
-            }
+            Ask::Dropped { slot } => return Ok((Said::Dropped(self.nft.dropped(slot)?), None)),
         }
         Ok((Said::Done, None))
     }
 
-    fn open(&mut self, slot: u16, open: Vec<Open>) -> Result {
-        let sources = open.iter().filter_map(|o| match o.source {
+    fn set(&mut self, slot: u16, rules: Rules) -> Result {
+        let sources = rules.open.iter().filter_map(|o| match o.source {
             Source::Slot(from) => Some(from),
             Source::Edge => None,
         });
@@ -101,8 +95,8 @@ impl Net {
             }
         }
         let old = self.slots.entry(slot).or_default();
-        self.nft.open_set(slot, old, &open)?;
-        *old = open;
+        self.nft.set(slot, old, &rules)?;
+        *old = rules;
         Ok(())
     }
 }

@@ -1,37 +1,61 @@
 //! The channel between warden and casemate-net: one JSON message a packet, each with one answer.
 //! Numbers only.
 
-use api::warden::Open;
+use api::warden::{NetRates, Open};
 use serde::{Deserialize, Serialize};
 
 /// Longest message, bytes.
 pub const MESSAGE_MAX_BYTES: usize = 16 << 10;
 
+/// What the firewall holds for a slot.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rules {
+    /// What is open; nothing else is.
+    pub open: Vec<Open>,
+    /// How fast, each way.
+    pub rates: NetRates,
+}
+
+/// Packets that the firewall dropped.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Drops {
+    /// Towards the guest: not open.
+    pub inward: u64,
+    /// From the guest: not its own, or not open.
+    pub outward: u64,
+    /// Towards the guest: above its rates.
+    pub inward_limited: u64,
+    /// From the guest: above its rates.
+    pub outward_limited: u64,
+}
+
 /// A request.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Ask {
-    /// This slot stands, with these openings; for the next `Rebuild`.
+    /// This slot stands, with these rules; for the next `Rebuild`.
     Stands {
         /// The slot.
         slot: u16,
-        /// What is open.
-        open: Vec<Open>,
+        /// Its rules.
+        rules: Rules,
     },
     /// Replaces the whole firewall by what stands.
     Rebuild,
-    /// Makes the slot's tap, and lets its own addresses in; opens nothing. The tap comes with the
-    /// answer.
+    /// Makes the slot's tap, and lets its own addresses in; opens and bounds nothing. The tap comes
+    /// with the answer.
     Tap {
         /// The slot.
         slot: u16,
     },
-    /// Replaces the slot's openings.
-    Open {
+    /// Replaces the slot's rules.
+    Set {
         /// The slot.
         slot: u16,
-        /// What is open; nothing else is.
-        open: Vec<Open>,
+        /// Its rules.
+        rules: Rules,
     },
     /// Takes the slot out. Idempotent.
     Remove {
@@ -52,12 +76,7 @@ pub enum Said {
     /// It is so.
     Done,
     /// Packets dropped.
-    Dropped {
-        /// Towards the guest.
-        inward: u64,
-        /// From the guest.
-        outward: u64,
-    },
+    Dropped(Drops),
     /// It could not; for the operator.
     Failed(String),
 }
@@ -77,7 +96,13 @@ mod tests {
         };
         let longest = Ask::Stands {
             slot: u16::MAX,
-            open: vec![open; 64],
+            rules: Rules {
+                open: vec![open; 64],
+                rates: NetRates {
+                    bytes_per_s: u64::MAX,
+                    packets_per_s: u64::MAX,
+                },
+            },
         };
         assert!(serde_json::to_vec(&longest).unwrap().len() < MESSAGE_MAX_BYTES);
     }

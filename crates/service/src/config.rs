@@ -230,7 +230,7 @@ impl Config {
             bail!("limits.disk_ops_per_s must be between 10 and 100000000");
         }
         if !NET_BYTES_PER_S.contains(&config.limits.network_bytes_per_s) {
-            bail!("limits.network_bytes_per_s must be between 64 KiB/s and 128 GiB/s");
+            bail!("limits.network_bytes_per_s must be between 64 KiB/s and 8 GiB/s");
         }
         if !NET_PACKETS_PER_S.contains(&config.limits.network_packets_per_s) {
             bail!("limits.network_packets_per_s must be between 100 and 100000000");

@@ -7,9 +7,10 @@
 
 use crate::fault::{At, Result};
 use crate::layout::{read_small, remove, write_small};
-use api::warden::{ImageId, Open, Slot, SlotState, Start, VmOpened};
+use api::warden::{ImageId, NetRates, Open, Slot, SlotState, Start, VmOpened};
 use jail::process::Proc;
 use model::{StartId, WorkspaceId};
+use net::Rules;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -85,11 +86,21 @@ pub struct Record {
     pub fresh: bool,
     /// What the firewall lets in.
     pub open: Vec<Open>,
+    /// How fast.
+    #[serde(default)]
+    pub rates: NetRates,
     /// A process of it died.
     pub dead: bool,
 }
 
 impl Record {
+    /// What the firewall holds for it.
+    #[must_use]
+    pub fn rules(&self) -> Rules {
+        let (open, rates) = (self.open.clone(), self.rates);
+        Rules { open, rates }
+    }
+
     /// What Status shows of it, once it has both processes.
     #[must_use]
     pub fn view(&self, net: VmOpened) -> Option<Slot> {
@@ -227,6 +238,7 @@ mod tests {
                 start_id: None,
                 fresh: true,
                 open: vec![Open { source: api::warden::Source::Slot(3), port }],
+                rates: NetRates { bytes_per_s: u64::MAX, packets_per_s: port.into() },
                 dead: false,
             };
             journal.write(&record).unwrap();

@@ -27,7 +27,7 @@ use crate::templates::{Parts, Templates};
 use crate::vm;
 use crate::watch::Watch;
 use api::Error;
-use api::warden::{Counters, Op, Open, Slot as View, Source, Start, Status, VmOpened};
+use api::warden::{Counters, NetRates, Op, Open, Slot as View, Source, Start, Status, VmOpened};
 use jail::ask::Kind;
 use jail::cgroup::Cgroups;
 use jail::limits::{KILL_WAIT, VMM_UID};
@@ -158,17 +158,18 @@ impl Warden {
                 disk_mb,
                 bytes_per_s,
                 ops_per_s,
+                pids,
                 ..
             } => {
                 let (whose, key) = ((workspace, start_id), (purpose, nonce));
                 let volume = (disk_mb, bytes_per_s, ops_per_s);
-                let opened = self.disk_open(slot, whose, key, volume)?;
+                let opened = self.disk_open(slot, whose, key, volume, pids)?;
                 json(serde_json::to_value(opened))
             }
             Op::DiskGrant {
                 slot, sealed, aad, ..
             } => self.disk_grant(slot, sealed, aad).map(Into::into),
-            Op::NetSet { slot, open, .. } => self.net_set(slot, open).map(Into::into),
+            Op::NetSet { slot, open, rates } => self.net_set(slot, open, rates).map(Into::into),
             Op::SlotClose { slot } => self.slot_close(slot).map(Into::into),
             Op::DiskErase { workspace } => self.disk_erase(&workspace).map(Into::into),
             Op::Counters { slot } => json(serde_json::to_value(self.counters(slot)?)),
@@ -261,6 +262,7 @@ impl Warden {
             start_id: None,
             fresh: false,
             open: vec![],
+            rates: NetRates::default(),
             dead: false,
         };
         match self.vm_open_steps(record.clone()) {
@@ -306,10 +308,9 @@ impl Warden {
             }
         };
         self.step(&mut record, Step::Net)?;
-        let (group, translator_mb) = (vm_group(slot), self.config.vmm.translator_mb());
-        let bounds = plan::vm_bounds(memory_mb, cpus, translator_mb);
-        self.cgroups.create(&group, bounds)?;
-        let doors = self.cgroups.doors(&group)?;
+        self.cgroups
+            .create(&slot_group(slot), plan::slot_bounds(cpus))?;
+        let doors = self.vm_bound(&record, 0)?;
         let tap = lock(&self.net).tap(slot)?;
 
         let ends = vm::Ends::new(&self.config.layout, slot)?;
@@ -370,7 +371,7 @@ impl Warden {
         self.end(s);
         let _ = s.vmctl.kill(KILL_WAIT);
         // Nobody is left who could write the files while they are measured.
-        let sealed = if self.cgroups.remove(&vm_group(slot)) {
+        let sealed = if self.cgroups.remove(&slot_group(slot)) {
             self.templates.seal(slot, parts)
         } else {
             Err(Error::internal(format!(
@@ -383,7 +384,7 @@ impl Warden {
         sealed.map(|()| true)
     }
 
-    fn net_set(&self, slot: u16, open: Vec<Open>) -> Result<bool> {
+    fn net_set(&self, slot: u16, open: Vec<Open>, rates: NetRates) -> Result<bool> {
         if open.len() > OPEN_MAX {
             let why = format!("open must have at most {OPEN_MAX} entries");
             return Err(invalid(why));
@@ -403,9 +404,9 @@ impl Warden {
         let s = occupied(slot, &mut held)?;
         // Of the entry and the firewall the entry comes first: a restart builds the one from the
         // other, so that what was asked to close stays closed.
-        s.record.open = open;
+        (s.record.open, s.record.rates) = (open, rates);
         self.journal.write(&s.record)?;
-        lock(&self.net).open(slot, &s.record.open)?;
+        lock(&self.net).set(slot, s.record.rules())?;
         Ok(true)
     }
 
@@ -430,22 +431,13 @@ impl Warden {
     fn counters(&self, slot: u16) -> Result<Counters> {
         let view = lock(&self.views).get(&slot).cloned();
         let view = view.ok_or_else(|| missing(format!("slot {slot} is empty")))?;
-        let (in_dropped_packets, out_dropped_packets) = lock(&self.net).dropped(slot)?;
-        let (out_packets, in_packets) = net::tap::packets(slot);
-        let (cpu_ns, memory_bytes) = self.cgroups.usage(&vm_group(slot));
-        let disk_bytes = match &view.workspace {
-            Some(workspace) => lock(&self.volumes).bytes(Name::disk(workspace))?,
-            None => 0,
-        };
-        Ok(Counters {
-            in_dropped_packets,
-            out_dropped_packets,
-            in_packets,
-            out_packets,
-            cpu_ns,
-            memory_bytes,
-            disk_bytes,
-        })
+        let mut counters = lock(&self.net).counters(slot)?;
+        counters.cpu_ns = self.cgroups.cpu_ns(&slot_group(slot));
+        counters.memory_bytes = self.cgroups.memory_bytes(&vm_group(slot));
+        if let Some(workspace) = &view.workspace {
+            counters.disk_bytes = lock(&self.volumes).bytes(Name::disk(workspace))?;
+        }
+        Ok(counters)
     }
 
     /// A process ended: told by the watcher, which holds no lock.
@@ -497,7 +489,7 @@ impl Warden {
     fn clear(&self, record: &Record) -> Result {
         let slot = record.slot;
         lock(&self.views).remove(&slot);
-        let groups = self.cgroups.remove(&vm_group(slot)) & self.cgroups.remove(&disk_group(slot));
+        let groups = self.cgroups.remove(&slot_group(slot));
         let cut = lock(&self.net).remove(slot);
         for name in [format!("{slot}.sock"), format!("{slot}.warden.sock")] {
             remove(&self.config.layout.vmctl().join(name))?;
@@ -536,6 +528,14 @@ impl Warden {
             lock(&self.views).insert(record.slot, view);
         }
         Ok(())
+    }
+
+    /// Bounds the VMM and its vmctl; the doors to their group. `pids` 0 is our own bound.
+    fn vm_bound(&self, record: &Record, pids: u32) -> Result<Vec<OwnedFd>> {
+        let (group, translator_mb) = (vm_group(record.slot), self.config.vmm.translator_mb());
+        let bounds = plan::vm_bounds(record.memory_mb, record.cpus, translator_mb, pids);
+        self.cgroups.create(&group, bounds)?;
+        self.cgroups.doors(&group)
     }
 
     fn image(&self, id: &str) -> Result<OwnedFd> {
@@ -606,12 +606,16 @@ fn check_range(name: &str, value: u32, range: &std::ops::RangeInclusive<u32>) ->
     )))
 }
 
+fn slot_group(slot: u16) -> String {
+    format!("slot-{slot}")
+}
+
 fn vm_group(slot: u16) -> String {
-    format!("vm-{slot}")
+    format!("slot-{slot}/vm")
 }
 
 fn disk_group(slot: u16) -> String {
-    format!("disk-{slot}")
+    format!("slot-{slot}/disk")
 }
 
 pub(crate) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {

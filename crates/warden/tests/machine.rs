@@ -100,7 +100,7 @@ fn i14_a_vmm_is_alone_in_its_jail() {
         let fds = std::fs::read_dir(format!("/proc/{}/fd", slot.vmm_pid)).unwrap();
         // The double keeps a second copy of its channel.
         assert_eq!(fds.count(), 3 + 3 + 1);
-        assert!(proc("cgroup").contains("/vm-3"), "{}", proc("cgroup"));
+        assert!(proc("cgroup").contains("/slot-3/vm"), "{}", proc("cgroup"));
         assert_eq!(
             std::fs::read_dir(format!("/proc/{}/net/dev_snmp6", slot.vmm_pid))
                 .map_or(0, Iterator::count),
@@ -205,7 +205,13 @@ fn a_disk_is_attested_granted_and_kept() {
         let world = World::new();
         let w = world.open(None);
         w.answer(world.vm_open(1, Start::Cold)).unwrap();
-        let opened: DiskOpened = serde_json::from_value(w.answer(disk_open(1)).unwrap()).unwrap();
+        let too_few = w.answer(disk_open_bound(1, 127)).unwrap_err();
+        assert!(
+            too_few.message.contains("pids must be between 128"),
+            "{too_few}"
+        );
+        let opened = w.answer(disk_open_bound(1, 300)).unwrap();
+        let opened: DiskOpened = serde_json::from_value(opened).unwrap();
         assert!(opened.fresh);
         let machine = Machine::load(&world.layout).unwrap();
         let signed = seal::sign::Signed::parse(opened.attestation).unwrap();
@@ -265,6 +271,9 @@ fn a_disk_is_attested_granted_and_kept() {
             counters.memory_bytes > 0 && counters.cpu_ns > 0 && counters.disk_bytes > 0,
             "{counters:?}"
         );
+        // As many threads as were asked for; the other slot's VM, of nobody yet, has the default.
+        assert_eq!(pids_max(&world, 1), (300, following(&w, 300)));
+        assert_eq!(pids_max(&world, 2), (129, 129));
         // Granting twice, or to a slot without a disk, is refused.
         assert!(w.answer(disk_grant(1)).is_err());
         assert!(w.answer(disk_grant(2)).is_err());

@@ -4,8 +4,9 @@
 
 mod world;
 
-use api::warden::{Open, Source};
+use api::warden::{NetRates, Open, Source};
 use jail::process::Launcher;
+use net::Rules;
 use net::network::{mac, mac_text};
 use net::nft::Nft;
 use net::tap::{create as tap_create, forward as tap_forward};
@@ -14,8 +15,10 @@ use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use world::*;
 
 /// How long "no answer" is waited for: everything here is one machine's memory.
@@ -25,15 +28,15 @@ const SILENCE: Duration = Duration::from_millis(400);
 fn i13_nothing_passes_but_an_open_triple() {
     in_netns(|| {
         let mut nft = Nft::open(network(), EDGE_UID).unwrap();
-        nft.rebuild([]).unwrap();
+        nft.rebuild(&BTreeMap::new()).unwrap();
         let guest = Guest::new(&mut nft, 3);
         let to = SocketAddr::new(guest.ip.into(), 9991);
         guest.serve(9991);
         guest.serve(22);
         assert!(!dial(EDGE_UID, to), "closed by default");
-        let (dropped, _) = nft.dropped(3).unwrap();
+        let dropped = nft.dropped(3).unwrap().inward;
         assert!(dropped > 0);
-        nft.open_set(3, &[], &[edge(9991)]).unwrap();
+        nft.set(3, &opens(&[]), &opens(&[edge(9991)])).unwrap();
         assert!(dial(EDGE_UID, to));
         for stranger in [0, HOST_UID, 900_003] {
             assert!(
@@ -54,7 +57,7 @@ fn i13_nothing_passes_but_an_open_triple() {
         let mut echo = [0u8; 4];
         live.write_all(b"ping").unwrap();
         live.read_exact(&mut echo).unwrap();
-        nft.open_set(3, &[edge(9991)], &[]).unwrap();
+        nft.set(3, &opens(&[edge(9991)]), &opens(&[])).unwrap();
         live.set_read_timeout(Some(SILENCE)).unwrap();
         live.write_all(b"ping").unwrap();
         assert!(
@@ -62,17 +65,18 @@ fn i13_nothing_passes_but_an_open_triple() {
                 .is_err_and(|e| e.kind() == ErrorKind::WouldBlock)
         );
         // And opening again mends it.
-        nft.open_set(3, &[], &[edge(9991)]).unwrap();
+        nft.set(3, &opens(&[]), &opens(&[edge(9991)])).unwrap();
         live.set_read_timeout(Some(SOON)).unwrap();
         live.read_exact(&mut echo).unwrap();
 
         // A rebuild, as after a restart, keeps what it is told and nothing else.
-        nft.rebuild([(3, &[][..])]).unwrap();
+        nft.rebuild(&BTreeMap::from([(3, opens(&[]))])).unwrap();
         assert!(!dial(EDGE_UID, to));
-        nft.rebuild([(3, &[edge(9991)][..])]).unwrap();
+        nft.rebuild(&BTreeMap::from([(3, opens(&[edge(9991)]))]))
+            .unwrap();
         assert!(dial(EDGE_UID, to));
-        nft.slot_remove(3, &[edge(9991)]).unwrap();
-        nft.slot_remove(3, &[edge(9991)]).unwrap();
+        nft.slot_remove(3, &opens(&[edge(9991)])).unwrap();
+        nft.slot_remove(3, &opens(&[edge(9991)])).unwrap();
         assert!(!dial(EDGE_UID, to));
     });
 }
@@ -81,9 +85,9 @@ fn i13_nothing_passes_but_an_open_triple() {
 fn a_guest_reaches_nobody_by_itself_or_under_another_name() {
     in_netns(|| {
         let mut nft = Nft::open(network(), EDGE_UID).unwrap();
-        nft.rebuild([]).unwrap();
+        nft.rebuild(&BTreeMap::new()).unwrap();
         let (one, two) = (Guest::new(&mut nft, 1), Guest::new(&mut nft, 2));
-        nft.open_set(1, &[], &[edge(9991)]).unwrap();
+        nft.set(1, &opens(&[]), &opens(&[edge(9991)])).unwrap();
         two.serve(80);
         let gateway = network().gateway();
         let host = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
@@ -95,7 +99,9 @@ fn a_guest_reaches_nobody_by_itself_or_under_another_name() {
                 "{to:?}"
             );
         }
-        until("the drop is counted", || nft.dropped(1).unwrap().1 > 0);
+        until("the drop is counted", || {
+            nft.dropped(1).unwrap().outward > 0
+        });
         // From the port that the edge may reach, to anybody: an answer to nothing.
         let from = (one.ip, 9991);
         let heard = UdpSocket::bind((gateway, 0)).unwrap();
@@ -110,7 +116,7 @@ fn a_guest_reaches_nobody_by_itself_or_under_another_name() {
             "addr add 10.117.0.77/16 dev eth0",
             "link set eth0 address 02:00:0a:75:00:04",
         ] {
-            let before = nft.dropped(1).unwrap().1;
+            let before = nft.dropped(1).unwrap().outward;
             let from: Ipv4Addr = if change.starts_with("addr") {
                 [10, 117, 0, 77].into()
             } else {
@@ -128,7 +134,9 @@ fn a_guest_reaches_nobody_by_itself_or_under_another_name() {
                     .send_to(b"x", to)
                     .unwrap();
             });
-            until("the drop is counted", || nft.dropped(1).unwrap().1 > before);
+            until("the drop is counted", || {
+                nft.dropped(1).unwrap().outward > before
+            });
             assert!(heard.recv(&mut [0; 8]).is_err(), "{change}");
         }
     });
@@ -138,7 +146,7 @@ fn a_guest_reaches_nobody_by_itself_or_under_another_name() {
 fn guests_meet_by_a_triple_of_theirs_alone() {
     in_netns(|| {
         let mut nft = Nft::open(network(), EDGE_UID).unwrap();
-        nft.rebuild([]).unwrap();
+        nft.rebuild(&BTreeMap::new()).unwrap();
         let (one, two) = (Guest::new(&mut nft, 1), Guest::new(&mut nft, 2));
         for guest in [&one, &two] {
             guest.serve(9990);
@@ -156,12 +164,81 @@ fn guests_meet_by_a_triple_of_theirs_alone() {
             from.run(move || TcpStream::connect_timeout(&to, SILENCE).is_ok())
         };
         assert!(!reach(&one, &two, 9990));
-        nft.open_set(2, &[], &link).unwrap();
+        nft.set(2, &opens(&[]), &opens(&link)).unwrap();
         assert!(reach(&one, &two, 9990));
         assert!(!reach(&one, &two, 80), "another port");
         assert!(!reach(&two, &one, 9990), "the other way");
-        nft.open_set(2, &link, &[]).unwrap();
+        nft.set(2, &opens(&link), &opens(&[])).unwrap();
         assert!(!reach(&one, &two, 9990));
+    });
+}
+
+/// What passes is compared with what its buckets hold after the time that it took: a slow machine
+/// is no failure.
+#[test]
+fn a_guest_sends_and_gets_no_more_than_its_rates() {
+    const BYTES_PER_S: u64 = 1 << 20;
+    const PACKETS_PER_S: u64 = 1000;
+    /// Bytes of the headers of a datagram.
+    const HEADERS: u64 = 28;
+    in_netns(|| {
+        let mut nft = Nft::open(network(), EDGE_UID).unwrap();
+        nft.rebuild(&BTreeMap::new()).unwrap();
+        let guest = Guest::new(&mut nft, 1);
+        let free = opens(&[edge(9991)]);
+        let bound = |bytes_per_s, packets_per_s| Rules {
+            rates: NetRates {
+                bytes_per_s,
+                packets_per_s,
+            },
+            ..free.clone()
+        };
+        nft.set(1, &Rules::default(), &free).unwrap();
+        let most = |rate: u64, since: Instant| {
+            (since.elapsed().as_secs_f64() + 1.0) * rate as f64 + f64::from(128 << 10)
+        };
+
+        // From the guest. What passes its rates is not open, and counted where that falls.
+        let sink = SocketAddr::new(network().gateway().into(), 9);
+        for (rules, size) in [(bound(0, PACKETS_PER_S), 1), (bound(BYTES_PER_S, 0), 1000)] {
+            let (since, before) = (Instant::now(), nft.dropped(1).unwrap());
+            nft.set(1, &free, &rules).unwrap();
+            until("more than its rates", || {
+                guest.run(move || {
+                    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
+                    for _ in 0..500 {
+                        let _ = socket.send_to(&vec![0; size], sink);
+                    }
+                });
+                nft.dropped(1).unwrap().outward_limited > before.outward_limited
+            });
+            let passed = nft.dropped(1).unwrap().outward - before.outward;
+            let (passed, most) = match rules.rates.bytes_per_s {
+                0 => (passed, most(PACKETS_PER_S, since)),
+                rate => (passed * (size as u64 + HEADERS), most(rate, since)),
+            };
+            assert!(passed > 0 && (passed as f64) <= most, "{passed} of {most}");
+            nft.set(1, &rules, &free).unwrap();
+        }
+
+        // Towards the guest, and after a restart of casemate-net.
+        let rules = bound(BYTES_PER_S, 0);
+        let since = Instant::now();
+        nft.rebuild(&BTreeMap::from([(1, rules.clone())])).unwrap();
+        let (to, got) = guest.count(9991);
+        let write = move || {
+            let mut stream = TcpStream::connect_timeout(&to, SOON).unwrap();
+            // Ends when the test does.
+            while stream.write_all(&[0; 4096]).is_ok() {}
+        };
+        std::thread::spawn(move || as_uid(EDGE_UID, write));
+        until("more than its rates", || {
+            nft.dropped(1).unwrap().inward_limited > 0
+        });
+        let (got, most) = (got.load(Ordering::Relaxed), most(BYTES_PER_S, since));
+        assert!(got > 0 && (got as f64) <= most, "{got} of {most}");
+        nft.slot_remove(1, &rules).unwrap();
+        assert_eq!(nft_elements(), Vec::<String>::new());
     });
 }
 
@@ -178,7 +255,7 @@ fn a_casemate_net_that_dies_is_replaced_and_the_rules_stay() {
         let mut net = net::Client::new(launcher, program, network(), EDGE_UID);
         net.stands(BTreeMap::new()).unwrap();
         let tap = net.tap(3).unwrap();
-        net.open(3, &[edge(9991)]).unwrap();
+        net.set(3, opens(&[edge(9991)])).unwrap();
         let pid = net.pid().unwrap();
         let facts = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
         for fact in [
@@ -201,18 +278,29 @@ fn a_casemate_net_that_dies_is_replaced_and_the_rules_stay() {
         net.tap(3).unwrap_err();
         assert_ne!(net.pid().unwrap(), pid);
         assert!(stands("9991"));
-        net.open(3, &[edge(80)]).unwrap();
+        net.set(3, opens(&[edge(80)])).unwrap();
         assert!(stands(". 80 ") && !stands("9991"), "{:?}", nft_elements());
-        assert_eq!(net.dropped(3).unwrap(), (0, 0));
+        assert_eq!(net.counters(3).unwrap().in_dropped_packets, 0);
         // With its warden it ends; the rules stay for the next one.
         let last = jail::process::Proc::of(net.pid().unwrap()).unwrap();
         drop(net);
         assert!(last.handle().is_none());
         assert!(stands(". 80 "));
         drop(tap);
-        Nft::open(network(), EDGE_UID).unwrap().rebuild([]).unwrap();
+        Nft::open(network(), EDGE_UID)
+            .unwrap()
+            .rebuild(&BTreeMap::new())
+            .unwrap();
         assert_eq!(nft_elements(), Vec::<String>::new());
     });
+}
+
+/// Rules that open these, without bounds.
+fn opens(open: &[Open]) -> Rules {
+    Rules {
+        open: open.to_vec(),
+        ..Rules::default()
+    }
 }
 
 /// Whether `uid` gets a connection from the fabric.
@@ -264,6 +352,22 @@ impl Guest {
             .send(Box::new(move || drop(tx.send(f()))))
             .unwrap();
         rx.recv_timeout(SOON).unwrap()
+    }
+
+    /// Counts the bytes that come to a port.
+    fn count(&self, port: u16) -> (SocketAddr, Arc<AtomicU64>) {
+        let listener = self.run(move || TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).unwrap());
+        let got = Arc::new(AtomicU64::new(0));
+        let count = Arc::clone(&got);
+        std::thread::spawn(move || {
+            for mut stream in listener.incoming().flatten() {
+                let mut buffer = [0; 65_536];
+                while let Ok(n @ 1..) = stream.read(&mut buffer) {
+                    count.fetch_add(n as u64, Ordering::Relaxed);
+                }
+            }
+        });
+        (SocketAddr::new(self.ip.into(), port), got)
     }
 
     /// Echoes on a port.

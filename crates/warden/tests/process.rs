@@ -53,10 +53,13 @@ fn victim() {
     w.answer(Op::NetSet {
         slot: 1,
         open: vec![edge(9991)],
-        rates: api::warden::NetRates::default(),
+        rates: api::warden::NetRates {
+            bytes_per_s: 10_000_000,
+            packets_per_s: 0,
+        },
     })
     .unwrap();
-    w.answer(disk_open(1)).unwrap();
+    w.answer(disk_open_bound(1, 200)).unwrap();
     w.answer(disk_grant(1)).unwrap();
     if step.is_some() {
         w.answer(Op::SlotClose { slot: 1 }).unwrap();
@@ -133,7 +136,7 @@ fn i12_a_warden_that_dies_at_any_step_leaves_nothing_or_a_slot_that_rests() {
 }
 
 #[test]
-fn an_adopted_slot_keeps_its_openings_and_notices_deaths() {
+fn an_adopted_slot_keeps_its_openings_and_bounds_and_notices_deaths() {
     in_netns(|| {
         let world = World::new();
         run_victim(&world, None);
@@ -145,6 +148,19 @@ fn an_adopted_slot_keeps_its_openings_and_notices_deaths() {
             "{:?}",
             world.left()
         );
+        for set in ["bytes_in", "bytes_out"] {
+            let set = ["list", "set", "inet", "casemate", set];
+            let set = std::process::Command::new("nft")
+                .args(set)
+                .output()
+                .unwrap();
+            let set = String::from_utf8(set.stdout).unwrap();
+            assert!(
+                set.contains("limit rate over 10000000 bytes/second"),
+                "{set}"
+            );
+        }
+        assert_eq!(pids_max(&world, 1), (200, following(&w, 200)));
         assert!(
             w.answer(Op::DiskErase {
                 workspace: WORKSPACE.parse().unwrap()

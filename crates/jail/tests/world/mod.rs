@@ -14,6 +14,7 @@ use api::warden::Start;
 use jail::ask::{Ask, Kind, Said};
 use jail::cgroup::{Bounds, Cgroups};
 use jail::channel;
+use jail::plan;
 use jail::process::{Handle, Proc, readable};
 use jail::{CLOSURE, SCRATCH, open_beneath};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -128,13 +129,15 @@ impl World {
         let mut groups = Vec::new();
         if !parts.contains(&Part::Cgroup) {
             let bounds = Bounds {
-                memory_bytes: MEMORY_BYTES,
+                memory_bytes: Some(MEMORY_BYTES),
                 memory_min_bytes: 0,
-                pids: PIDS,
+                pids: Some(PIDS),
                 cpu_us: 100_000,
             };
-            self.groups.create(&slot.to_string(), bounds).unwrap();
-            groups = self.groups.doors(&slot.to_string()).unwrap();
+            let (outer, group) = (format!("slot-{slot}"), format!("slot-{slot}/vm"));
+            self.groups.create(&outer, plan::slot_bounds(1)).unwrap();
+            self.groups.create(&group, bounds).unwrap();
+            groups = self.groups.doors(&group).unwrap();
         }
         let handle = self.launch(kind, &groups, &fds, parts);
         drop(fds);

@@ -34,8 +34,12 @@ impl Warden {
         (workspace, start_id): (WorkspaceId, StartId),
         (purpose, nonce): (Purpose, String),
         volume: (u32, u64, u64),
+        pids: u32,
     ) -> Result<DiskOpened> {
         check_range("disk_mb", volume.0, &bounds::DISK_MB)?;
+        if pids != 0 {
+            check_range("pids", pids, &bounds::PIDS)?;
+        }
         check_digest_id("nonce", &nonce)?;
         let cell = self.cell(slot);
         let mut held = lock(&cell);
@@ -49,7 +53,10 @@ impl Warden {
         }
         s.record.workspace = Some(workspace.clone());
         s.record.start_id = Some(start_id.clone());
-        let waits = self.disk_open_steps(s, &workspace, volume).and_then(|()| {
+        let bound = self.vm_bound(&s.record, pids).map(drop);
+        let bound = bound.and_then(|()| s.vmm.nproc(plan::vm_pids(s.record.cpus, pids)));
+        let waits = bound.and_then(|()| self.disk_open_steps(s, &workspace, volume));
+        let waits = waits.and_then(|()| {
             let hpke_pub = s.record.hpke_pub.clone().ok_or_else(gone)?;
             let runs = s.record.measurement.clone().ok_or_else(gone)?;
             self.machine

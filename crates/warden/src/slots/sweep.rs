@@ -16,7 +16,7 @@ impl Warden {
         for (slot, record) in self.journal.read()? {
             let Some(record) = record else { continue };
             if let Some(s) = self.adopt(&record) {
-                adopted.insert(slot, record.open.clone());
+                adopted.insert(slot, record.rules());
                 if let Some(workspace) = &record.workspace {
                     lock(&self.in_use).insert(workspace.clone());
                 }

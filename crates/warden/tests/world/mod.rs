@@ -290,6 +290,10 @@ pub fn until(what: &str, mut f: impl FnMut() -> bool) {
 }
 
 pub fn disk_open(slot: u16) -> Op {
+    disk_open_bound(slot, 0)
+}
+
+pub fn disk_open_bound(slot: u16, pids: u32) -> Op {
     Op::DiskOpen {
         slot,
         workspace: WORKSPACE.parse().unwrap(),
@@ -299,8 +303,46 @@ pub fn disk_open(slot: u16) -> Op {
         disk_mb: 64,
         bytes_per_s: 1 << 30,
         ops_per_s: 100_000,
-        pids: 0,
+        pids,
         from: None,
+    }
+}
+
+/// What bounds the threads of a slot's VMM: its group, its own limit.
+pub fn pids_max(world: &World, slot: u16) -> (u64, u64) {
+    let w = jail::cgroup::Cgroups::open(&world.layout.instance()).unwrap();
+    let top = if w.version() == "v1" { "pids" } else { "" };
+    let group = format!("casemate-{}/slot-{slot}/vm", world.layout.instance());
+    let group = Path::new("/sys/fs/cgroup").join(top).join(group);
+    let read = |path: PathBuf| std::fs::read_to_string(path).unwrap();
+    let first = read(group.join("cgroup.procs"));
+    // The VMM is the one of the two that runs as a VMM's user.
+    let limits = first.lines().find_map(|pid| {
+        let status = read(format!("/proc/{pid}/status").into());
+        status
+            .contains(&format!(
+                "Uid:\t{}\t",
+                jail::limits::VMM_UID + u32::from(slot)
+            ))
+            .then(|| read(format!("/proc/{pid}/limits").into()))
+    });
+    let limits = limits.unwrap();
+    let line = limits
+        .lines()
+        .find(|l| l.contains("Max processes"))
+        .unwrap();
+    let hard = line.split_whitespace().nth(3).unwrap();
+    let max = read(group.join("pids.max"));
+    (max.trim().parse().unwrap(), hard.parse().unwrap())
+}
+
+/// The VMM's own limit of threads when `pids` were asked for: without CAP_SYS_RESOURCE it stays.
+pub fn following(w: &Arc<Warden>, pids: u64) -> u64 {
+    let weakened = status(w).weakened;
+    if weakened.iter().any(|w| w.contains("SYS_RESOURCE")) {
+        129
+    } else {
+        pids
     }
 }
 
