@@ -3,7 +3,7 @@
 //! The append side can't read: the only thing that comes back is where the entry went, and, if
 //! asked, the proof that it is there.
 
-use model::{AccountId, HostId, Purpose, StartId, WorkspaceId};
+use model::{AccountId, HostId, ObjectId, Purpose, StartId, WorkspaceId};
 use serde::{Deserialize, Serialize};
 
 /// A retention class; each has its own log (LOG-1).
@@ -75,6 +75,41 @@ pub struct Lease {
     pub exp_ms: u64,
     /// SHA-256 of the guest's config, hex.
     pub config_digest: String,
+    /// Which object of that purpose; none: the disk, of which a workspace has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub object: Option<ObjectId>,
+    /// What else the same act opens, each once and for a process of its own; at most
+    /// [`LEASE_ALSO_MAX`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub also: Vec<Object>,
+}
+
+/// Objects in a lease beside its own.
+pub const LEASE_ALSO_MAX: usize = 3;
+
+/// What has a key of its own.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Object {
+    /// Whose it is.
+    pub workspace: WorkspaceId,
+    /// What it is.
+    pub purpose: Purpose,
+    /// Which one; none for a disk, and only for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<ObjectId>,
+}
+
+impl Lease {
+    /// Everything that the lease opens, its own object first.
+    pub fn objects(&self) -> impl Iterator<Item = Object> {
+        let own = Object {
+            workspace: self.workspace.clone(),
+            purpose: self.purpose,
+            id: self.object.clone(),
+        };
+        std::iter::once(own).chain(self.also.iter().cloned())
+    }
 }
 
 /// What an entry says. Never holds content of a workspace, a secret or a request body (SEE-3).

@@ -1,18 +1,83 @@
 //! The KMS's socket. No operation returns a key: what leaves is sealed to an attested process.
 
+use crate::mint::PolicyAct;
 use model::{AccountId, HostId, Purpose, StartId, WorkspaceId};
 use serde::{Deserialize, Serialize};
 
-/// Events of an intent that a client's assertion may back a release with.
-pub const RELEASE_EVENTS: &[&str] = &[
-    "workspace.create",
-    "workspace.start",
-    "workspace.restart",
-    "workspace.resume",
-    "workspace.wake",
+/// What an intent of one event may release.
+#[derive(Debug, Clone, Copy)]
+pub struct Backing {
+    /// The event.
+    pub event: &'static str,
+    /// Keys of the workspace that the intent is about.
+    pub own: &'static [Purpose],
+    /// Keys of another workspace of the same account.
+    pub source: &'static [Purpose],
+    /// The act of a standing policy that may stand in for a client's assertion.
+    pub policy: Option<PolicyAct>,
+}
+
+const fn backing(
+    event: &'static str,
+    own: &'static [Purpose],
+    policy: Option<PolicyAct>,
+) -> Backing {
+    Backing {
+        event,
+        own,
+        source: &[],
+        policy,
+    }
+}
+
+/// Every event that backs a release; no other does.
+pub const BACKINGS: &[Backing] = &[
+    backing(CREATE_EVENT, &[Purpose::Disk], None),
+    backing("workspace.start", &[Purpose::Disk], None),
+    backing(
+        "workspace.restart",
+        &[Purpose::Disk],
+        Some(PolicyAct::Restart),
+    ),
+    backing(
+        "workspace.sleep",
+        &[Purpose::Memory],
+        Some(PolicyAct::Sleep),
+    ),
+    backing(
+        "workspace.wake",
+        &[Purpose::Disk, Purpose::Memory],
+        Some(PolicyAct::Wake),
+    ),
+    backing(
+        "workspace.snapshot",
+        &[Purpose::SnapshotDisk, Purpose::SnapshotMemory],
+        None,
+    ),
+    backing(
+        "workspace.restore",
+        &[
+            Purpose::Disk,
+            Purpose::SnapshotDisk,
+            Purpose::SnapshotMemory,
+        ],
+        None,
+    ),
+    Backing {
+        event: "workspace.fork",
+        own: &[Purpose::Disk],
+        source: &[Purpose::SnapshotDisk],
+        policy: None,
+    },
+    backing("workspace.archive", &[Purpose::Archive], None),
 ];
-/// Events of an intent that a standing policy (`restart`) may back a release with.
-pub const RELEASE_EVENTS_POLICY: &[&str] = &["workspace.restart", "workspace.wake"];
+
+/// What an intent of `event` may release; none: nothing.
+#[must_use]
+pub fn backing_of(event: &str) -> Option<&'static Backing> {
+    BACKINGS.iter().find(|b| b.event == event)
+}
+
 /// The event of an intent that makes a workspace's key.
 pub const CREATE_EVENT: &str = "workspace.create";
 
@@ -162,9 +227,13 @@ pub struct Grant {
     /// How far the disk had got; none: it was never anchored.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub anchor: Option<Anchor>,
-    /// The disk's key: HKDF(workspace key, purpose, object, version), 32 bytes, hex.
+    /// What the key is for.
+    #[serde(default)]
+    pub purpose: Purpose,
+    /// The object's key: HKDF(workspace key, purpose, object, version), 32 bytes, hex.
     pub disk_key: String,
-    /// Seed of the guest's Ed25519 identity, 32 bytes, hex.
+    /// Seed of the guest's Ed25519 identity, 32 bytes, hex; empty but for a disk.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub identity_seed: String,
     /// SHA-256 of the guest's config, from the lease.
     pub config_digest: String,

@@ -162,6 +162,10 @@ pub enum PolicyAct {
     Expire,
     /// Stop or pause at the end of its time-to-live, or when nobody uses it.
     Stop,
+    /// Put to sleep when nobody uses it, or at the end of its time-to-live.
+    Sleep,
+    /// Wake when its gateway is asked for.
+    Wake,
 }
 
 /// A standing policy.

@@ -4,7 +4,7 @@
 //! escapes need no copy, and one with an escape is refused.
 
 use api::context;
-use model::{StartId, WorkspaceId};
+use model::{Purpose, StartId, WorkspaceId};
 use seal::Zeroizing;
 use seal::hpke::{self, SecretKey};
 use serde::Deserialize;
@@ -25,9 +25,11 @@ pub struct Grant<'a> {
     pub run: u64,
     /// The least state that may be opened; none: the disk was never anchored.
     pub anchor: Option<Anchor>,
-    /// The disk's key.
+    /// What the key is for.
+    pub purpose: Purpose,
+    /// The object's key.
     pub disk_key: DiskKey,
-    /// For the identity block, as hex.
+    /// For the identity block, as hex; empty but for a disk.
     pub(crate) identity_seed: &'a str,
     pub(crate) config_digest: &'a str,
     pub(crate) mint_key: &'a str,
@@ -43,7 +45,10 @@ struct Json<'a> {
     run: u64,
     #[serde(default)]
     anchor: Option<JsonAnchor<'a>>,
+    #[serde(default)]
+    purpose: Purpose,
     disk_key: &'a str,
+    #[serde(default)]
     identity_seed: &'a str,
     config_digest: &'a str,
     mint_key: &'a str,
@@ -88,16 +93,17 @@ impl<'a> Grant<'a> {
             why: "its content is not a grant",
         })?;
         let keys = [
-            json.identity_seed,
             json.config_digest,
             json.mint_key,
             json.gateway_key,
+            json.edge_key,
+            json.disk_key,
         ];
-        if !keys
-            .into_iter()
-            .chain([json.edge_key, json.disk_key])
-            .all(is_hex_32)
-        {
+        let seed_fits = match json.purpose {
+            Purpose::Disk => is_hex_32(json.identity_seed),
+            _ => json.identity_seed.is_empty(),
+        };
+        if !seed_fits || !keys.into_iter().all(is_hex_32) {
             return Err(DiskError::Grant {
                 why: "its keys must be 64 lowercase hex digits each",
             });
@@ -110,6 +116,7 @@ impl<'a> Grant<'a> {
             start_id: json.start_id,
             run: json.run,
             anchor,
+            purpose: json.purpose,
             disk_key,
             identity_seed: json.identity_seed,
             config_digest: json.config_digest,
@@ -160,6 +167,7 @@ pub(crate) mod tests {
                 batch: 5,
                 root: "6a".repeat(32),
             }),
+            purpose: Purpose::Disk,
             disk_key: "0a".repeat(32),
             identity_seed: "1b".repeat(32),
             config_digest: "2c".repeat(32),

@@ -271,6 +271,7 @@ fn grant(hpke_pub: &str, plan: &Plan) -> ToDisk {
         start_id: "st_0123456789abcdef".parse().unwrap(),
         run: 1,
         anchor: None,
+        purpose: model::Purpose::Disk,
         disk_key: hex::encode(plan.disk_key),
         identity_seed: "1b".repeat(32),
         config_digest: "2c".repeat(32),

@@ -242,6 +242,8 @@ fn lease(n: u64, now_ms: u64) -> Lease {
         nonce: hex::encode(seal::random::bytes::<32>()),
         exp_ms: now_ms + 60_000,
         config_digest: "cd".repeat(32),
+        object: None,
+        also: vec![],
     }
 }
 

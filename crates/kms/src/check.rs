@@ -6,12 +6,12 @@
 //! entry. A refusal is one word, for the log.
 
 use crate::limits::{DESTROY_AUTHORITY_MAX_MS, NONCE_HEX_CHARS, SKEW_MS};
-use api::audit::{Entry, Lease, Phase, Stamped};
+use api::audit::{Entry, LEASE_ALSO_MAX, Lease, Object, Phase, Stamped};
 use api::context;
-use api::kms::{Attestation, CREATE_EVENT, RELEASE_EVENTS, RELEASE_EVENTS_POLICY};
+use api::kms::{Attestation, CREATE_EVENT, backing_of};
 use api::limits::{ASSERTION_MAX_MS, LEASE_MAX_MS};
 use api::mint::{Assertion, Policy, PolicyAct};
-use model::{AccountId, HostId, KeyId, WorkspaceId};
+use model::{AccountId, HostId, KeyId, Purpose, WorkspaceId};
 use seal::hpke;
 use seal::sign::{Signed, VerifyingKey};
 use std::collections::BTreeMap;
@@ -136,6 +136,8 @@ pub struct Cleared {
     pub intent: Intent,
     /// Its lease.
     pub lease: Lease,
+    /// What of it is released.
+    pub object: Object,
     /// Who stands behind it.
     pub authority: Authority,
     /// What the machine says.
@@ -171,6 +173,7 @@ pub fn release(
     if !is_hex(&lease.nonce, NONCE_HEX_CHARS)
         || !is_hex(&lease.config_digest, 64)
         || subject_differs
+        || !is_well_formed(&lease)
     {
         return Err(Refusal::Lease);
     }
@@ -181,22 +184,18 @@ pub fn release(
         return Err(Refusal::LeaseTime);
     }
     let authority = authority_at(trust, &intent)?;
-    let event = intent.entry.event.as_str();
-    let allowed = match &authority {
-        Authority::Assertion(_) => RELEASE_EVENTS.contains(&event),
-        Authority::Policy(p) => {
-            RELEASE_EVENTS_POLICY.contains(&event)
-                && p.workspace == lease.workspace
-                && p.acts.contains(&PolicyAct::Restart)
-        }
-    };
-    if !allowed {
+    if !backs(&intent, &lease, &authority) {
         return Err(Refusal::AuthorityAct);
     }
     let (attestation, hpke_pub) = attested(trust, &lease, attestation, &intent, now_ms)?;
+    let object = lease
+        .objects()
+        .find(|o| o.workspace == attestation.workspace && o.purpose == attestation.purpose)
+        .ok_or(Refusal::AttestationLease)?;
     Ok(Cleared {
         intent,
         lease,
+        object,
         authority,
         attestation,
         hpke_pub,
@@ -331,6 +330,43 @@ fn authority(trust: &Trust, text: &str) -> Result<Authority, Refusal> {
         .map_err(|_| Refusal::Authority)
 }
 
+/// Whether a lease names each object once: a disk without an id, everything else with one.
+fn is_well_formed(lease: &Lease) -> bool {
+    let all: Vec<Object> = lease.objects().take(LEASE_ALSO_MAX + 2).collect();
+    let ids = all
+        .iter()
+        .all(|o| o.id.is_none() == (o.purpose == Purpose::Disk));
+    let distinct = all.iter().enumerate().all(|(n, o)| {
+        all[..n]
+            .iter()
+            .all(|p| (&p.workspace, p.purpose) != (&o.workspace, o.purpose))
+    });
+    all.len() <= LEASE_ALSO_MAX + 1 && ids && distinct
+}
+
+/// Whether the intent's event, and who stands behind it, may open all that its lease names. One
+/// object too many spoils the whole lease.
+fn backs(intent: &Intent, lease: &Lease, authority: &Authority) -> bool {
+    let Some(backing) = backing_of(&intent.entry.event) else {
+        return false;
+    };
+    let by = match authority {
+        Authority::Assertion(_) => true,
+        Authority::Policy(p) => {
+            p.workspace == lease.workspace
+                && backing.policy.is_some_and(|act| p.acts.contains(&act))
+        }
+    };
+    by && lease.objects().all(|o| {
+        let may = if o.workspace == lease.workspace {
+            backing.own
+        } else {
+            backing.source
+        };
+        may.contains(&o.purpose)
+    })
+}
+
 fn attested(
     trust: &Trust,
     lease: &Lease,
@@ -343,11 +379,7 @@ fn attested(
     let a: Attestation = Signed::parse(text)
         .and_then(|signed| signed.verify(key, context::ATTESTATION))
         .map_err(|_| Refusal::Attestation)?;
-    let same = a.host == lease.host
-        && a.workspace == lease.workspace
-        && a.start_id == lease.start_id
-        && a.purpose == lease.purpose
-        && a.nonce == lease.nonce;
+    let same = a.host == lease.host && a.start_id == lease.start_id && a.nonce == lease.nonce;
     if !same {
         return Err(Refusal::AttestationLease);
     }

@@ -207,6 +207,17 @@ mod tests {
             .assert_eq(&hex::encode(
                 purpose_key(&key(1), Purpose::Disk, ws.as_str(), 1).expose(),
             ));
+        let labels = Purpose::ALL.map(Purpose::label);
+        assert_eq!(
+            labels,
+            [
+                "disk",
+                "memory",
+                "snapshot-disk",
+                "snapshot-memory",
+                "archive"
+            ]
+        );
         expect_test::expect!["bc12e64019cf2d87040909c1dc1322459657309135a32fa188ee0d02cf9a4513"]
             .assert_eq(&hex::encode(identity_seed(&key(1), &ws).expose()));
     }

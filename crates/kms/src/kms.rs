@@ -24,12 +24,12 @@ use crate::rotate::{Rotor, blocking};
 use crate::slots::Slots;
 use crate::store::{self, Store};
 use crate::unseal::Means;
-use api::audit::{Class, Entry, Phase};
+use api::audit::{Class, Entry, Object, Phase};
 use api::kms::{Anchor, Grant, Identity, KeyCreated, Op, Released, Status, Unseal};
 use api::{Error, ErrorCode, context};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use model::WorkspaceId;
+use model::{Purpose, WorkspaceId};
 use seal::sign::{Signed, SigningKey};
 use serde_json::{Map, Value, json};
 use service::audit::Log;
@@ -390,18 +390,18 @@ impl Inner {
             Ok(cleared) => cleared,
             Err(r) => return Err(self.refuse(call, r, None).await),
         };
-        let workspace = &cleared.lease.workspace;
-        // The owner before the nonce: a stranger's intent must not use anything up.
-        let row = self.store.workspace(workspace).await?;
-        let why = match &row {
-            None => Some(Refusal::Unknown),
-            Some((w, _)) if w.account != *cleared.authority.account() => Some(Refusal::Account),
-            Some((w, _)) if w.wrapped.is_none() => Some(Refusal::Destroyed),
-            Some(_) => None,
-        };
-        if let Some(why) = why {
+        // The owner before the nonce: a stranger's intent must not use anything up. Whose act it
+        // is must own both, where a fork reads another workspace's snapshot.
+        let workspace = &cleared.object.workspace;
+        if *workspace != cleared.lease.workspace
+            && let Err(why) = self.owned(&cleared.lease.workspace, &cleared).await?
+        {
             return Err(self.refuse(call, why, Some(workspace)).await);
         }
+        let row = match self.owned(workspace, &cleared).await? {
+            Ok(row) => Some(row),
+            Err(why) => return Err(self.refuse(call, why, Some(workspace)).await),
+        };
         let jti = match &cleared.authority {
             Authority::Assertion(a) => Some(a.jti.as_str()),
             Authority::Policy(_) => None,
@@ -413,8 +413,11 @@ impl Inner {
                 .time_ms
                 .saturating_add(2 * api::limits::LEASE_MAX_MS),
         );
-        let nonce = &cleared.lease.nonce;
-        if let Err(r) = self.once.take(nonce, jti, workspace, until_ms, now_ms) {
+        // Each object of a lease once; an assertion stands for one act, a fork's included.
+        let Object { purpose, .. } = &cleared.object;
+        let once = format!("{}|{workspace}|{}", cleared.lease.nonce, purpose.label());
+        let about = &cleared.lease.workspace;
+        if let Err(r) = self.once.take(&once, jti, about, until_ms, now_ms) {
             return Err(self.refuse(call, r, Some(workspace)).await);
         }
         self.log
@@ -424,13 +427,30 @@ impl Inner {
             Ok(found) => found,
             Err(r) => return Err(self.refuse(call, r, Some(workspace)).await),
         };
-        let anchor = self.store.anchor(workspace).await?;
+        let anchor = match cleared.object.purpose {
+            Purpose::Disk => self.store.anchor(workspace).await?,
+            _ => None,
+        };
         let released = self.seal_grant(&cleared, &key, w.version, anchor)?;
         if self.doomed().contains(workspace) {
             return Err(self.refuse(call, Refusal::Destroyed, Some(workspace)).await);
         }
         self.metrics.released();
         Ok(released)
+    }
+
+    /// The row of a workspace that the act's account owns.
+    async fn owned(
+        &self,
+        workspace: &WorkspaceId,
+        c: &Cleared,
+    ) -> api::Result<Result<(store::Workspace, store::Account), Refusal>> {
+        Ok(match self.store.workspace(workspace).await? {
+            None => Err(Refusal::Unknown),
+            Some((w, _)) if w.account != *c.authority.account() => Err(Refusal::Account),
+            Some((w, _)) if w.wrapped.is_none() => Err(Refusal::Destroyed),
+            Some(row) => Ok(row),
+        })
     }
 
     fn seal_grant(
@@ -441,19 +461,24 @@ impl Inner {
         anchor: Option<Anchor>,
     ) -> api::Result<Released> {
         let hex_of = |key: Key| seal::Zeroizing::new(hex::encode(key.expose()));
-        let workspace = &c.lease.workspace;
-        let disk_key = hex_of(purpose_key(
-            key,
-            c.lease.purpose,
-            workspace.as_str(),
-            version,
-        ));
-        let seed = hex_of(identity_seed(key, workspace));
+        let Object {
+            workspace,
+            purpose,
+            id,
+        } = &c.object;
+        let object = id.as_ref().map_or(workspace.as_str(), |id| id.as_str());
+        let disk_key = hex_of(purpose_key(key, *purpose, object, version));
+        // What is at rest beside a disk is nobody's identity.
+        let seed = match purpose {
+            Purpose::Disk => hex_of(identity_seed(key, workspace)),
+            _ => seal::Zeroizing::default(),
+        };
         let mut grant = Grant {
             workspace: workspace.clone(),
             start_id: c.lease.start_id.clone(),
             run: c.intent.index.saturating_add(1),
             anchor,
+            purpose: *purpose,
             disk_key: disk_key.to_string(),
             identity_seed: seed.to_string(),
             config_digest: c.lease.config_digest.clone(),
@@ -648,9 +673,11 @@ fn release_entry(call: &Call, c: &Cleared) -> Entry {
         c.authority.key().as_str(),
     );
     e.account = Some(c.authority.account().clone());
-    e.subject = Some(c.lease.workspace.to_string());
+    e.subject = Some(c.object.workspace.to_string());
     e.lease = Some(c.lease.clone());
     e.data = object(json!({
+        "purpose": c.object.purpose,
+        "object": c.object.id,
         "intent_index": c.intent.index,
         "intent_leaf": hex::encode(c.intent.leaf_digest),
         "hpke_pub": c.attestation.hpke_pub,

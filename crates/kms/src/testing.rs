@@ -284,6 +284,8 @@ impl World {
             nonce: hex::encode(seal::random::bytes::<32>()),
             exp_ms: self.clock.now_ms() + 60_000,
             config_digest: "cd".repeat(32),
+            object: None,
+            also: vec![],
         }
     }
 

@@ -18,6 +18,7 @@ mod anchor;
 mod crash;
 mod erase;
 mod hostile;
+mod purposes;
 
 async fn kms_pub(world: &World) -> VerifyingKey {
     let state = world.kms.inner().store.state().await.unwrap().unwrap();

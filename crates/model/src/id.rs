@@ -77,6 +77,12 @@ macro_rules! id {
 }
 
 id!(
+    /// One image of a workspace's memory or disk at rest; a new image is a new object, with a key
+    /// of its own.
+    ObjectId,
+    "obj_"
+);
+id!(
     /// A workspace.
     WorkspaceId,
     "ws_"

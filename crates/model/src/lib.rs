@@ -9,5 +9,5 @@ pub mod lifecycle;
 pub mod limits;
 pub mod spec;
 
-pub use id::{AccountId, HostId, IdError, KeyId, RequestId, StartId, WorkspaceId};
+pub use id::{AccountId, HostId, IdError, KeyId, ObjectId, RequestId, StartId, WorkspaceId};
 pub use spec::{Idle, Mode, Power, Purpose, Resources, RestartPolicy, TtlAction};

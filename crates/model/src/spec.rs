@@ -28,19 +28,41 @@ pub enum Power {
 }
 
 /// What a released key is for; each purpose has its own subkey.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Purpose {
     /// The workspace's disk.
+    #[default]
     Disk,
+    /// The memory of a workspace that is asleep.
+    Memory,
+    /// The disk in a snapshot.
+    SnapshotDisk,
+    /// The memory in a snapshot.
+    SnapshotMemory,
+    /// An archive of files.
+    Archive,
 }
 
 impl Purpose {
+    /// All of them.
+    pub const ALL: [Self; 5] = [
+        Self::Disk,
+        Self::Memory,
+        Self::SnapshotDisk,
+        Self::SnapshotMemory,
+        Self::Archive,
+    ];
+
     /// The name that goes into key derivation; never change one.
     #[must_use]
     pub fn label(self) -> &'static str {
         match self {
             Self::Disk => "disk",
+            Self::Memory => "memory",
+            Self::SnapshotDisk => "snapshot-disk",
+            Self::SnapshotMemory => "snapshot-memory",
+            Self::Archive => "archive",
         }
     }
 }

@@ -283,6 +283,8 @@ impl App {
             nonce: hex::encode(seal::random::bytes::<32>()),
             exp_ms: self.now_ms() + LEASE_MS,
             config_digest: hex::encode(seal::hash::sha256(config.as_bytes())),
+            object: None,
+            also: Vec::new(),
         }
     }
 }

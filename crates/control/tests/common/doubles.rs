@@ -453,14 +453,23 @@ impl Doubles {
     /// What the KMS would check of a release.
     fn lease_authority(&self, entry: &Entry) -> api::Result<()> {
         let text = entry.authority.as_deref().unwrap();
-        let event = entry.event.as_str();
+        let backing = kms::backing_of(&entry.event).unwrap();
+        let lease = entry.lease.as_ref().unwrap();
+        for o in lease.objects() {
+            let own = o.workspace == lease.workspace;
+            let may = if own { backing.own } else { backing.source };
+            assert!(may.contains(&o.purpose), "{entry:?}");
+            assert_eq!(
+                o.id.is_none(),
+                o.purpose == model::Purpose::Disk,
+                "{entry:?}"
+            );
+        }
         if self.assertion(text).is_ok() {
-            assert!(kms::RELEASE_EVENTS.contains(&event), "{event}");
             return Ok(());
         }
-        assert!(kms::RELEASE_EVENTS_POLICY.contains(&event), "{event}");
-        let workspace = &entry.lease.as_ref().unwrap().workspace;
-        self.policy(workspace, text, PolicyAct::Restart).map(drop)
+        let act = backing.policy.unwrap();
+        self.policy(&lease.workspace, text, act).map(drop)
     }
 }
 

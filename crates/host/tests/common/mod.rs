@@ -424,6 +424,8 @@ impl World {
                 nonce: format!("{:064x}", self.starts),
                 exp_ms: self.clock.now_ms() + 50_000,
                 config_digest: "00".repeat(32),
+                object: None,
+                also: vec![],
             };
             desired.lease = Some(json!({ "lease": lease }));
             desired.start = Some(lease);
