@@ -52,7 +52,7 @@ impl Link {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let (sender, connection) = http1::Builder::new()
+        let (mut sender, connection) = http1::Builder::new()
             .max_headers(HEADERS_MAX)
             .max_header_size(ANSWER_HEAD_MAX_BYTES)
             .max_buf_size(ANSWER_HEAD_MAX_BYTES * 2)
@@ -67,6 +67,8 @@ impl Link {
                 () = closed.cancelled() => {}
             }
         });
+        // Until its task has run once it seems in use, and a pool would drop it.
+        sender.ready().await?;
         Ok(Self { sender, close })
     }
 

@@ -125,6 +125,7 @@ async fn connections_to_guests_are_used_again() {
     .await;
     w.get(&token, "/health").await;
     let before = ws.seen.connections.load(Ordering::SeqCst);
+    assert_eq!(before, 1, "a first request goes where its guest was told");
     for _ in 0..20 {
         assert_eq!(w.get(&token, "/health").await.status(), 200);
     }
