@@ -7,7 +7,7 @@ use seal::xts::Xts;
 use crate::limits::{REQUEST_MAX_BYTES, SECTOR_BYTES};
 use crate::luks2::VolumeKey;
 
-/// Encrypts sectors of 4 KiB in requests of 1 MiB on one core for about `seconds`, and answers
+/// Encrypts sectors of 4 KiB in requests of the largest size on one core for about `seconds`, and answers
 /// GB/s (10^9 bytes).
 ///
 /// # Panics

@@ -17,8 +17,9 @@ pub const PBKDF2_MAX_ITERATIONS: u32 = 100_000;
 /// Salts in a header, bytes.
 pub const SALT_MAX_BYTES: usize = 64;
 
-/// Largest FUSE read or write, bytes.
-pub const REQUEST_MAX_BYTES: usize = 1 << 20;
+/// Largest FUSE read or write, bytes: small enough that a large one is cut and shared among the
+/// workers, and that a piece stays in a core's cache between the copy and the cipher.
+pub const REQUEST_MAX_BYTES: usize = 128 << 10;
 /// What a start reads before the first sector, bytes: both headers and keyslot 0. A tag covers it.
 pub const HEADER_COVERED_BYTES: usize = 284 << 10;
 /// A node of the tree of tags, bytes.

@@ -1,6 +1,6 @@
 //! `/init` of the disk baseline of `cargo xtask bench disk`: a VM without Casemate around it that
 //! runs the same `dd` as a workspace, on ext4 on `/dev/vdb`, and says on the agent's port what it
-//! printed. Lines are `w …`, `r …` and, last, `end`.
+//! printed. Lines are `w …`, `f …` (flushed), `r …` and, last, `end`.
 
 use std::io::Write as _;
 use std::os::unix::fs::chroot;
@@ -45,6 +45,10 @@ fn run() -> Result<String, Box<dyn std::error::Error>> {
         for (mark, words) in [
             (
                 "w",
+                "if=/dev/zero of=/mnt/file bs=1M count=256 oflag=direct",
+            ),
+            (
+                "f",
                 "if=/dev/zero of=/mnt/file bs=1M count=256 oflag=direct conv=fsync",
             ),
             ("r", "if=/mnt/file of=/dev/null bs=1M iflag=direct"),
@@ -55,6 +59,8 @@ fn run() -> Result<String, Box<dyn std::error::Error>> {
             let text = String::from_utf8_lossy(&out.stderr).into_owned();
             let last = text.lines().last().unwrap_or("nothing");
             said += &format!("{mark} {last}\n");
+            // What was written is on the medium before the next begins.
+            rustix::fs::sync();
         }
         std::fs::remove_file("/mnt/file")?;
     }

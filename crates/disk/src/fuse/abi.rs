@@ -231,7 +231,7 @@ pub(super) fn answer_header(
     errno: i32,
     payload_bytes: usize,
 ) -> [u8; ANSWER_HEADER_BYTES] {
-    let len = (ANSWER_HEADER_BYTES + payload_bytes) as u32; // At most 1 MiB and a few bytes.
+    let len = (ANSWER_HEADER_BYTES + payload_bytes) as u32; // REQUEST_MAX_BYTES and a few more.
     let mut out = [0; ANSWER_HEADER_BYTES];
     out[..4].copy_from_slice(&len.to_ne_bytes());
     out[4..8].copy_from_slice(&(-errno).to_ne_bytes());
