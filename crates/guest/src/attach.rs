@@ -15,7 +15,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use api::agent::{Attach, GuestConfig, StepTime, VOLUME_OFFSET_BYTES, tls_name};
+use api::agent::{Attach, GuestConfig, StepTime, VOLUME_OFFSET_BYTES, Wake, tls_name};
+use model::WorkspaceId;
 use rustix::fs::Mode;
 use rustix::mount::MountFlags;
 use seal::tls::rustls::ServerConfig;
@@ -160,6 +161,31 @@ pub fn attach(attach: &Attach, device: &Device) -> Result<Workspace, AttachError
         cmd: config.cmd,
         laps,
     })
+}
+
+/// Goes on as the workspace `of` after a sleep: its clock, and its address on the link that it has
+/// now; the generator is reseeded and the TLS key made anew, as memory that is woken twice would
+/// else repeat both. Nothing can arrive until it has said that it is up.
+///
+/// # Errors
+/// Which step failed; the machine is of no further use then.
+pub fn wake(
+    wake: &Wake,
+    device: &Device,
+    of: &WorkspaceId,
+) -> Result<Arc<ServerConfig>, AttachError> {
+    let address =
+        Address::parse(&wake.ip, wake.prefix, &wake.gateway).map_err(AttachError::Request)?;
+    clock_set(wake.time_unix_ns)?;
+    let (identity, _) = identity::read(Path::new(&device.disk))?;
+    if identity.workspace != *of {
+        return Err(AttachError::Request("the disk is another workspace's"));
+    }
+    let reseeded =
+        sys::random_reseed(&identity.seed).map_err(step("reseeding the kernel's generator"))?;
+    let tls = tls_config(&identity, &reseeded)?;
+    net::renew(&address).map_err(step("configuring eth0"))?;
+    Ok(tls)
 }
 
 /// How long each step of an attach took, by the monotonic clock: the other one is being set.

@@ -156,6 +156,12 @@ impl Auth {
         }
     }
 
+    /// Whose it is.
+    #[must_use]
+    pub fn workspace(&self) -> &WorkspaceId {
+        &self.workspace
+    }
+
     /// The token state now.
     #[must_use]
     pub fn state(&self) -> TokenState {

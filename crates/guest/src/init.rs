@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! boot ──booted──▶ blank ──attach──▶ up ──shutdown──▶ down
-//!                  ▲   │ rehearse, clock      │ clock
+//!                  ▲   │ rehearse, clock      │ clock, wake
 //!                  └───┘                      └─ attach, rehearse: refused
 //! ```
 //!
@@ -16,12 +16,14 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
-use api::agent::{FromGuest, ToGuest, Up};
+use api::agent::{FromGuest, StepTime, ToGuest, Up, Wake};
 use rustix::mount::MountFlags;
+use seal::tls::rustls::ServerConfig;
 use tokio::net::TcpListener;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
-use crate::attach::{self, Device, TOKEN_STATE, Workspace, memory_bytes};
+use crate::attach::{self, AttachError, Device, TOKEN_STATE, Workspace, memory_bytes};
+use crate::auth::StateError;
 use crate::boot::{self, BootError, step};
 use crate::channel::{Received, Receiver, Sender};
 use crate::exec::Tasks;
@@ -153,15 +155,12 @@ fn up(workspace: Workspace, sender: &Sender, receiver: Receiver) -> Result<(), B
         let tasks = Tasks::new(launcher);
         let state = Some(TOKEN_STATE.into());
         let service = Service::new(auth, tasks, files, memory_bytes(), state);
-        tokio::spawn(serve_edge(edge, tls, Arc::clone(&service)));
+        // A wake makes another key.
+        let (tls, tls_now) = watch::channel(tls);
+        tokio::spawn(serve_edge(edge, tls_now, Arc::clone(&service)));
         tokio::spawn(serve_direct(direct, Arc::clone(&service)));
-        let kernel = rustix::system::uname()
-            .release()
-            .to_string_lossy()
-            .into_owned();
         laps.lap("listen");
-        let steps = laps.steps();
-        tell(sender, &FromGuest::Up(Up { kernel, steps }));
+        tell(sender, &up_now(laps.steps()));
         if let Some(signed) = unkept {
             let seq = service.auth().state().seq;
             service.state_keep(signed, seq);
@@ -170,8 +169,12 @@ fn up(workspace: Workspace, sender: &Sender, receiver: Receiver) -> Result<(), B
             match received {
                 Received::Message(message) => match *message {
                     ToGuest::Clock { time_unix_ns } => clock_set(sender, time_unix_ns),
+                    ToGuest::Wake(message) => match woken(&message, &service, &tls) {
+                        Ok(()) => tell(sender, &up_now(Vec::new())),
+                        Err(error) => sender.send_failed(error.code(), &error.to_string()),
+                    },
                     ToGuest::Shutdown => break,
-                    ToGuest::Attach(_) | ToGuest::Rehearse | ToGuest::Wake(_) => {
+                    ToGuest::Attach(_) | ToGuest::Rehearse => {
                         sender.send_failed("already_attached", "a machine is one workspace, once");
                     }
                 },
@@ -187,6 +190,32 @@ fn up(workspace: Workspace, sender: &Sender, receiver: Receiver) -> Result<(), B
     }
     runtime.shutdown_timeout(Duration::from_millis(500));
     served
+}
+
+/// After a sleep: the token state is the newer of the one that it fell asleep with and the host's.
+fn woken(
+    message: &Wake,
+    service: &Arc<Service>,
+    tls: &watch::Sender<Arc<ServerConfig>>,
+) -> Result<(), AttachError> {
+    let auth = service.auth();
+    match auth.state_raise(&message.token_state) {
+        Ok(state) => service.state_keep(message.token_state.clone(), state.seq),
+        Err(StateError::Stale) => {}
+        Err(StateError::Invalid) => return Err(AttachError::TokenState),
+    }
+    tls.send_replace(attach::wake(
+        message,
+        &Device::workspace(),
+        auth.workspace(),
+    )?);
+    Ok(())
+}
+
+fn up_now(steps: Vec<StepTime>) -> FromGuest {
+    let kernel = rustix::system::uname();
+    let kernel = kernel.release().to_string_lossy().into_owned();
+    FromGuest::Up(Up { kernel, steps })
 }
 
 /// The workspace's own command. What it prints goes nowhere (SEE-1); how it ends is its affair.

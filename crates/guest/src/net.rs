@@ -84,6 +84,16 @@ pub fn configure(address: &Address) -> io::Result<()> {
     interfaces.route_add(INTERFACE, any, any, Some(address.gateway))
 }
 
+/// As [`configure`], for a link that was another one before: what it knew of its neighbour and its
+/// routes goes. Connections stay, if the address does.
+///
+/// # Errors
+/// The kernel's answer.
+pub fn renew(address: &Address) -> io::Result<()> {
+    Interfaces::new()?.up(INTERFACE, false)?;
+    configure(address)
+}
+
 /// Takes `eth0`'s address away, and the routes with it.
 ///
 /// # Errors

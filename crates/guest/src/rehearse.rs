@@ -23,6 +23,7 @@ use seal::sign::{Signed, SigningKey};
 use seal::tls::tokio_rustls::TlsConnector;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 
 use crate::attach::{self, Workspace, memory_bytes};
 use crate::boot::{BASE_DEVICE, BootError, step};
@@ -244,7 +245,7 @@ impl Play {
         let service = Service::new(made.auth, tasks, made.files, memory_bytes(), None);
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let address = listener.local_addr()?;
-        let serving = tokio::spawn(serve_edge(listener, made.tls, service));
+        let serving = tokio::spawn(serve_edge(listener, watch::channel(made.tls).1, service));
         let stream = TcpStream::connect(address).await?;
         stream.set_nodelay(true)?;
         let server = name.clone().try_into();

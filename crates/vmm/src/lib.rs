@@ -63,6 +63,19 @@ pub trait Vmm {
     /// The VMM's; a file that comes as this VMM takes none.
     fn disk_attach(&mut self, disk: &DiskFile, size_bytes: u64) -> Result<(), Error>;
 
+    /// Writes memory and the devices' state to `file`, open for writing only and empty. The virtual CPUs must be stopped, and can go on afterwards.
+    ///
+    /// # Errors
+    /// The VMM's; after [`Error::Refused`] it can go on as well.
+    fn memory_save(&mut self, file: BorrowedFd<'_>) -> Result<(), Error>;
+
+    /// Loads the devices' state beside the memory that it was started on; the virtual CPUs stay
+    /// stopped, and want their disk.
+    ///
+    /// # Errors
+    /// The VMM's.
+    fn wake(&mut self) -> Result<(), Error>;
+
     /// Ends the VMM; gone already is good.
     ///
     /// # Errors

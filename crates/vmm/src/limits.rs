@@ -10,6 +10,8 @@ pub const QMP_EVENTS_MAX: usize = 64;
 pub const QMP_COMMAND_MAX: Duration = Duration::from_secs(10);
 /// How long loading or saving a template's state may take.
 pub const MIGRATE_MAX: Duration = Duration::from_secs(60);
+/// How long saving a guest's memory may take.
+pub const MEMORY_SAVE_MAX: Duration = Duration::from_secs(300);
 /// Pause between two looks at a running migration.
 pub const MIGRATE_POLL: Duration = Duration::from_millis(1);
 /// How long the VMM may take to end after `quit`.

@@ -6,6 +6,10 @@
 //! raw node over nothing, which is reopened over the disk's file while the virtual CPUs stand
 //! still (`virtio-mmio` has no hot-plug, and a file node can't change its name).
 //!
+//! Memory is saved in two parts of one file: the devices' state alone (which is what Xen asks QEMU
+//! for), then QEMU's `mapped-ram`, of which only the pages count: each has its own place, pages of
+//! zeros are left out, and whoever wakes maps them, privately, where they lie.
+//!
 //! Must never build a command from a caller's text: [`argv`] takes numbers and closed enums,
 //! [`qmp`] knows a dozen commands.
 
@@ -14,13 +18,16 @@ pub mod qmp;
 
 pub use argv::{Accel, GUEST_MAC, How, Net, Paths, Spec, argv};
 
-use crate::limits::{MIGRATE_MAX, MIGRATE_POLL, QMP_COMMAND_MAX};
+use crate::limits::{MEMORY_SAVE_MAX, MIGRATE_MAX, MIGRATE_POLL, QMP_COMMAND_MAX};
 use crate::{DiskFile, Error, Event, Vmm};
 use qmp::Qmp;
 use serde_json::{Value, json};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// No bound of our own on how fast memory is saved, bytes/s: QEMU's is for networks.
+const BANDWIDTH_ANY: u64 = 1 << 40;
 
 /// One QEMU, through its control socket.
 pub struct Qemu {
@@ -47,8 +54,8 @@ impl Qemu {
     }
 
     /// Waits until the migration that `command` started is done.
-    fn migrated(&mut self, command: &'static str) -> Result<(), Error> {
-        let deadline = Instant::now() + MIGRATE_MAX;
+    fn migrated(&mut self, command: &'static str, after: Duration) -> Result<(), Error> {
+        let deadline = Instant::now() + after;
         loop {
             let info = self.qmp.command("query-migrate", Value::Null)?;
             match info.get("status").and_then(Value::as_str) {
@@ -61,10 +68,7 @@ impl Qemu {
                     });
                 }
                 _ if Instant::now() >= deadline => {
-                    return Err(Error::Timeout {
-                        command,
-                        after: MIGRATE_MAX,
-                    });
+                    return Err(Error::Timeout { command, after });
                 }
                 _ => std::thread::sleep(MIGRATE_POLL),
             }
@@ -77,14 +81,14 @@ impl Vmm for Qemu {
         self.ignore_shared()?;
         self.qmp
             .command("migrate-incoming", json!({"uri": argv::STATE_URI}))?;
-        self.migrated("migrate-incoming")
+        self.migrated("migrate-incoming", MIGRATE_MAX)
     }
 
     fn save(&mut self) -> Result<(), Error> {
         self.ignore_shared()?;
         self.qmp
             .command("migrate", json!({"uri": argv::STATE_URI}))?;
-        self.migrated("migrate")
+        self.migrated("migrate", MIGRATE_MAX)
     }
 
     fn cont(&mut self) -> Result<(), Error> {
@@ -130,6 +134,51 @@ impl Vmm for Qemu {
             ),
         ];
         self.qmp.commands(&commands, disk.as_fd())
+    }
+
+    fn memory_save(&mut self, file: BorrowedFd<'_>) -> Result<(), Error> {
+        let on = |name, state| json!({"capability": name, "state": state});
+        let capabilities = [
+            on("x-ignore-shared", false),
+            on("mapped-ram", true),
+            // Whole runs of pages in one write.
+            on("multifd", true),
+        ];
+        let (set, file_name) = (argv::SAVED_FDSET, argv::saved_name());
+        let commands = [
+            ("add-fd", json!({"fdset-id": set})),
+            // `live`: it keeps the disks, as the VM may go on.
+            (
+                "xen-save-devices-state",
+                json!({"filename": file_name, "live": true}),
+            ),
+            (
+                "migrate-set-capabilities",
+                json!({"capabilities": capabilities}),
+            ),
+            (
+                "migrate-set-parameters",
+                json!({"multifd-channels": 1, "max-bandwidth": BANDWIDTH_ANY}),
+            ),
+        ];
+        let saved = self.qmp.commands(&commands, file).and_then(|()| {
+            let uri = format!("file:{file_name},offset={}", argv::SAVED_STREAM_BYTES);
+            self.qmp.command("migrate", json!({"uri": uri}))?;
+            self.migrated("migrate", MEMORY_SAVE_MAX)
+        });
+        // With it the VMM's last descriptor of the file goes.
+        let closed = self.qmp.command("remove-fd", json!({"fdset-id": set}));
+        saved.and(closed.map(drop))
+    }
+
+    fn wake(&mut self) -> Result<(), Error> {
+        self.qmp
+            .command("migrate-incoming", json!({"uri": argv::STATE_URI}))?;
+        self.migrated("migrate-incoming", MIGRATE_MAX)?;
+        // Else only running does it, and the guest must not run without its disk.
+        self.qmp
+            .command("blockdev-set-active", json!({"active": true}))?;
+        Ok(())
     }
 
     fn quit(&mut self) -> Result<(), Error> {

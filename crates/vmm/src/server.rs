@@ -236,11 +236,15 @@ impl<V: Vmm> Server<V> {
                 match request::<WardenOp>(frame) {
                     Ok((id, op)) => {
                         let kept = match op {
-                            WardenOp::DiskFd => disk_fd(fd).and_then(|fd| self.vm.disk_keep(fd)),
-                            WardenOp::MemoryFd | WardenOp::MemoryDrop => Err(Error::new(
-                                ErrorCode::NotSupported,
-                                "this VMM can't be put to sleep",
-                            )),
+                            WardenOp::DiskFd => came("disk_fd", fd)
+                                .and_then(|fd| self.vm.disk_keep(DiskFile::Descriptor(fd))),
+                            WardenOp::MemoryFd => {
+                                came("memory_fd", fd).and_then(|fd| self.vm.memory_keep(fd))
+                            }
+                            WardenOp::MemoryDrop => {
+                                self.vm.memory_drop();
+                                Ok(())
+                            }
                             WardenOp::DiskMounted => self.vm.disk_keep(DiskFile::Mounted),
                             WardenOp::DiskReady { size_bytes } => {
                                 check_size(size_bytes).and_then(|()| self.vm.disk_ready(size_bytes))
@@ -359,11 +363,10 @@ fn request<T: serde::de::DeserializeOwned>(frame: &[u8]) -> Result<(u64, T), (u6
     Ok((request.id, request.body))
 }
 
-/// The disk's file. Its attributes can't be asked for: it answers the VMM's user only.
-fn disk_fd(fd: Option<OwnedFd>) -> Result<DiskFile, Error> {
-    let why = "disk_fd came without a descriptor";
-    fd.map(DiskFile::Descriptor)
-        .ok_or_else(|| Error::new(ErrorCode::ValidationError, why))
+/// The file that came. Its attributes can't be asked for: it answers the VMM's user only.
+fn came(op: &str, fd: Option<OwnedFd>) -> Result<OwnedFd, Error> {
+    let why = format!("{op} came without a descriptor");
+    fd.ok_or_else(|| Error::new(ErrorCode::ValidationError, why))
 }
 
 /// Whether it can be a disk's size: warden's word, which has it from the disk process.

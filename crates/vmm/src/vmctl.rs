@@ -13,11 +13,14 @@
 //! Exited(shutdown) ◀─────────────────── Stopping
 //! ```
 //!
+//! - MemorySave: Running → Paused, Paused → Paused; what fails to be saved is paused as well.
+//! - Wake, of a VM that was opened on saved memory, in the place of Prepare and Attach: Created →
+//!   Waking ──up──▶ Running. What else its guest says was said before it slept, and is passed over.
 //! - PrepareNow leaves the rehearsal out: a template is Pooled once it is restored, a cold boot
 //!   once it booted.
 //! - Any state but Stopping: the VMM is gone → Exited(lost); the guest powers off, reboots or
 //!   panics → Exited(shutdown, reset, panic).
-//! - Booting, Rehearsing, Attaching: `failed`, a message out of turn, no message at all, or the
+//! - Booting, Rehearsing, Attaching, Waking: `failed`, a message out of turn, no message at all, or the
 //!   deadline → the VMM is ended, Exited(failed). A VM serves one workspace, once: nothing leads
 //!   back.
 //! - Running, Paused, Stopping: what else the guest says is passed over; the workspace may write
@@ -38,6 +41,7 @@ use api::agent::{FromGuest, STEPS_MAX, ToGuest, Up};
 use api::vmctl::{Op, Status, VmState};
 use api::{Error, ErrorCode};
 use serde_json::{Value, json};
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::time::{Duration, Instant};
 
 /// One VM: its VMM, its guest's channel, and where it is. `T` says whom to answer.
@@ -50,6 +54,8 @@ pub struct Vm<V, T> {
     rehearses: bool,
     waiting: Option<Waiting<T>>,
     disk: Option<Disk>,
+    /// Where memory is saved to: open for writing only.
+    memory: Option<OwnedFd>,
     /// How long the VMM took to take the disk and to continue, µs.
     disk_us: u128,
     answers: Vec<(T, Result<Value, Error>)>,
@@ -62,6 +68,7 @@ enum State {
     Rehearsing,
     Pooled,
     Attaching,
+    Waking,
     Running,
     Paused,
     Stopping,
@@ -102,6 +109,7 @@ impl<V: Vmm, T> Vm<V, T> {
             rehearses: true,
             waiting: None,
             disk: None,
+            memory: None,
             disk_us: 0,
             answers: Vec::new(),
         }
@@ -119,10 +127,8 @@ impl<V: Vmm, T> Vm<V, T> {
             Op::PrepareNow => return self.prepare(reply, false, now),
             Op::Attach { attach, wait_ms } => return self.attach(reply, *attach, wait_ms, now),
             Op::Save => self.save(),
-            Op::MemorySave | Op::Wake { .. } => Err(Error::new(
-                ErrorCode::NotSupported,
-                "this VMM can't be put to sleep",
-            )),
+            Op::MemorySave => self.memory_save(),
+            Op::Wake { wake, wait_ms } => return self.wake(reply, *wake, wait_ms, now),
             Op::Pause => self.pause(),
             Op::Resume => self.resume(),
         };
@@ -165,6 +171,23 @@ impl<V: Vmm, T> Vm<V, T> {
             }
             _ => Err(self.conflict("no file waits for a volume")),
         }
+    }
+
+    /// Keeps the file that warden hands over for [`Op::MemorySave`].
+    ///
+    /// # Errors
+    /// There is no workspace, or a file already.
+    pub fn memory_keep(&mut self, file: OwnedFd) -> Result<(), Error> {
+        if !matches!(self.state, State::Running | State::Paused) || self.memory.is_some() {
+            return Err(self.conflict("only a workspace's memory can be saved, to one file"));
+        }
+        self.memory = Some(file);
+        Ok(())
+    }
+
+    /// Lets go of that file.
+    pub fn memory_drop(&mut self) {
+        self.memory = None;
     }
 
     /// Takes in what the guest said.
@@ -261,7 +284,7 @@ impl<V: Vmm, T> Vm<V, T> {
     pub fn status(&self) -> Status {
         let vm = match self.state {
             State::Created | State::Booting | State::Rehearsing => VmState::Created,
-            State::Pooled | State::Attaching => VmState::Pooled,
+            State::Pooled | State::Attaching | State::Waking => VmState::Pooled,
             State::Running | State::Stopping => VmState::Running,
             State::Paused => VmState::Paused,
             State::Exited(_) => VmState::Exited,
@@ -346,35 +369,89 @@ impl<V: Vmm, T> Vm<V, T> {
             Some(self.conflict("only a prepared VM can be attached"))
         } else if self.how == How::Build {
             Some(self.conflict("a template's VM must never see a workspace"))
-        } else if wait_ms == 0 || wait_ms > ATTACH_WAIT_MAX_MS {
-            Some(Error::new(
-                ErrorCode::ValidationError,
-                format!("wait_ms must be 1 to {ATTACH_WAIT_MAX_MS}"),
-            ))
         } else {
             None
         };
-        if let Some(e) = refused {
-            return self.answers.push((reply, Err(e)));
+        match refused.map_or_else(|| self.disk_take(wait_ms), Err) {
+            Ok(disk) => {
+                self.wait(reply, now, Duration::from_millis(wait_ms));
+                self.state = State::Attaching;
+                self.begin(&disk, &ToGuest::Attach(attach));
+            }
+            Err(e) => self.answers.push((reply, Err(e))),
+        }
+    }
+
+    fn wake(&mut self, reply: T, wake: api::agent::Wake, wait_ms: u64, now: Instant) {
+        let refused = (self.state != State::Created || self.how != How::Wake)
+            .then(|| self.conflict("only a VM that was opened on saved memory can be woken, once"));
+        match refused.map_or_else(|| self.disk_take(wait_ms), Err) {
+            Ok(disk) => {
+                self.wait(reply, now, Duration::from_millis(wait_ms));
+                self.state = State::Waking;
+                if let Err(e) = self.vmm.wake() {
+                    return self.fail(vmm_error(&e));
+                }
+                self.begin(&disk, &ToGuest::Wake(wake));
+            }
+            Err(e) => self.answers.push((reply, Err(e))),
+        }
+    }
+
+    /// The disk that is ready, for a guest that is given so long.
+    fn disk_take(&mut self, wait_ms: u64) -> Result<(DiskFile, u64), Error> {
+        if wait_ms == 0 || wait_ms > ATTACH_WAIT_MAX_MS {
+            return Err(Error::new(
+                ErrorCode::ValidationError,
+                format!("wait_ms must be 1 to {ATTACH_WAIT_MAX_MS}"),
+            ));
         }
         let ready = self.disk.take_if(|d| d.size_bytes.is_some());
-        let Some((disk, size_bytes)) = ready.and_then(|d| Some((d.file, d.size_bytes?))) else {
-            let e = self.conflict("no disk is ready; open and grant the slot's disk first");
-            return self.answers.push((reply, Err(e)));
-        };
-        self.wait(reply, now, Duration::from_millis(wait_ms));
-        self.state = State::Attaching;
+        ready
+            .and_then(|d| Some((d.file, d.size_bytes?)))
+            .ok_or_else(|| self.conflict("no disk is ready; open and grant the slot's disk first"))
+    }
+
+    /// Continues the guest on its disk, and tells its agent.
+    fn begin(&mut self, (disk, size_bytes): &(DiskFile, u64), told: &ToGuest) {
         let begun = Instant::now();
         if let Err(e) = self
             .vmm
-            .disk_attach(&disk, size_bytes)
+            .disk_attach(disk, *size_bytes)
             .and_then(|()| self.vmm.cont())
         {
             return self.fail(vmm_error(&e));
         }
         self.disk_us = begun.elapsed().as_micros();
-        if let Err(e) = self.agent.send(&ToGuest::Attach(attach)) {
+        if let Err(e) = self.agent.send(told) {
             self.fail(agent_error(&e));
+        }
+    }
+
+    fn memory_save(&mut self) -> Result<Value, Error> {
+        if !matches!(self.state, State::Running | State::Paused) {
+            return Err(self.conflict("only a workspace's memory can be saved"));
+        }
+        let file = self
+            .memory
+            .take()
+            .ok_or_else(|| self.conflict("no file waits for its memory"))?;
+        self.pause()?;
+        let saved = match self.vmm.memory_save(file.as_fd()) {
+            Ok(()) => rustix::fs::fdatasync(&file).map_err(|source| crate::Error::Io {
+                command: "sync saved memory",
+                source: source.into(),
+            }),
+            Err(e) => Err(e),
+        };
+        match saved {
+            Ok(()) => Ok(json!(self.status())),
+            // It said no, or the file did: the workspace is none the worse.
+            Err(e @ (crate::Error::Refused { .. } | crate::Error::Io { .. })) => Err(vmm_error(&e)),
+            Err(e) => {
+                self.end(Reason::Failed);
+                Err(vmm_error(&e))
+            }
         }
     }
 
@@ -461,10 +538,10 @@ impl<V: Vmm, T> Vm<V, T> {
                 self.halt();
             }
             (State::Rehearsing, Ok(FromGuest::Rehearsed)) => self.halt(),
-            (State::Attaching, Ok(FromGuest::Up(up))) => self.up(&up),
+            (State::Attaching | State::Waking, Ok(FromGuest::Up(up))) => self.up(&up),
             (State::Stopping, Ok(FromGuest::Down)) => self.end(Reason::Shutdown),
             (
-                State::Booting | State::Rehearsing | State::Attaching,
+                State::Booting | State::Rehearsing | State::Attaching | State::Waking,
                 Ok(FromGuest::Failed { code, message }),
             ) => {
                 let code: String = code
@@ -521,10 +598,12 @@ impl<V: Vmm, T> Vm<V, T> {
         match self.state {
             State::Exited(_) => {}
             State::Stopping => self.end(Reason::Shutdown),
-            State::Booting | State::Rehearsing | State::Attaching => self.fail(Error::new(
-                ErrorCode::BadGateway,
-                format!("the guest {what} before it was up; start it again"),
-            )),
+            State::Booting | State::Rehearsing | State::Attaching | State::Waking => {
+                self.fail(Error::new(
+                    ErrorCode::BadGateway,
+                    format!("the guest {what} before it was up; start it again"),
+                ))
+            }
             _ => self.end(reason),
         }
     }
@@ -556,7 +635,7 @@ impl<V: Vmm, T> Vm<V, T> {
                 Some(&e),
             );
         }
-        self.disk = None;
+        (self.disk, self.memory) = (None, None);
         self.state = State::Exited(reason);
         let status = json!(self.status());
         self.answer(Ok(status));

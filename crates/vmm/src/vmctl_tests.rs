@@ -50,6 +50,12 @@ impl Vmm for Double {
     fn disk_attach(&mut self, _: &DiskFile, _: u64) -> Result<(), crate::Error> {
         self.act("disk_attach")
     }
+    fn memory_save(&mut self, _: BorrowedFd<'_>) -> Result<(), crate::Error> {
+        self.act("memory_save")
+    }
+    fn wake(&mut self) -> Result<(), crate::Error> {
+        self.act("wake")
+    }
     fn quit(&mut self) -> Result<(), crate::Error> {
         self.act("quit")
     }
@@ -432,4 +438,92 @@ proptest::proptest! {
             proptest::prop_assert!(!(waits && s.vm == VmState::Exited));
         }
     }
+}
+
+fn wake() -> Op {
+    Op::Wake {
+        wake: Box::new(api::agent::Wake {
+            time_unix_ns: 1,
+            token_state: String::new(),
+            ip: "10.117.0.3".into(),
+            prefix: 16,
+            gateway: "10.117.0.1".into(),
+        }),
+        wait_ms: 1000,
+    }
+}
+
+#[test]
+fn memory_is_saved_to_one_file_and_the_workspace_goes_on_whatever_comes_of_it() {
+    let mut w = World::running();
+    assert_eq!(code(w.ask(Op::MemorySave)), ErrorCode::Conflict, "no file");
+    for refused in [None, Some("memory_save"), None] {
+        w.vm.memory_keep(tempfile::tempfile().unwrap().into())
+            .unwrap();
+        assert!(
+            w.vm.memory_keep(tempfile::tempfile().unwrap().into())
+                .is_err()
+        );
+        w.seen.borrow_mut().refuse = refused;
+        let saved = w.ask(Op::MemorySave).unwrap();
+        assert_eq!(saved.is_err(), refused.is_some());
+        assert_eq!(w.vm.status().vm, VmState::Paused);
+        assert_eq!(
+            code(w.ask(Op::MemorySave)),
+            ErrorCode::Conflict,
+            "one file, once"
+        );
+        w.ask(Op::Resume).unwrap().unwrap();
+        assert!(matches!(w.hear(), ToGuest::Clock { .. }));
+    }
+    w.vm.memory_keep(tempfile::tempfile().unwrap().into())
+        .unwrap();
+    w.vm.memory_drop();
+    assert_eq!(
+        code(w.ask(Op::MemorySave)),
+        ErrorCode::Conflict,
+        "let go of"
+    );
+}
+
+#[test]
+fn a_woken_vm_runs_once_its_agent_says_so_and_is_woken_once() {
+    let mut w = World::new(How::Wake);
+    assert!(
+        w.vm.memory_keep(tempfile::tempfile().unwrap().into())
+            .is_err()
+    );
+    assert_eq!(code(w.ask(Op::Prepare)), ErrorCode::Conflict);
+    assert_eq!(code(w.ask(wake())), ErrorCode::Conflict, "no disk");
+    w.disk();
+    assert!(w.ask(wake()).is_none());
+    assert_eq!(w.seen.borrow().acts, ["wake", "disk_attach", "cont"]);
+    assert!(matches!(w.hear(), ToGuest::Wake(_)));
+    // What it was saying when it fell asleep.
+    assert!(w.say("half a line").is_none());
+    assert!(w.say(r#"{"type":"rehearsed"}"#).is_none());
+    let up = w.say(r#"{"type":"up","kernel":"6.1"}"#).unwrap().unwrap();
+    assert_eq!(up, json!({"kernel": "6.1"}));
+    assert_eq!(w.vm.status().vm, VmState::Running);
+    assert_eq!(code(w.ask(wake())), ErrorCode::Conflict);
+    // No other VM is woken.
+    let mut w = World::new(How::Template);
+    w.disk();
+    assert_eq!(code(w.ask(wake())), ErrorCode::Conflict);
+}
+
+#[test]
+fn a_wake_that_fails_ends_the_vm() {
+    for refused in ["wake", "disk_attach", "cont"] {
+        let mut w = World::new(How::Wake);
+        w.disk();
+        w.seen.borrow_mut().refuse = Some(refused);
+        assert_eq!(code(w.ask(wake())), ErrorCode::VmUnavailable);
+        assert_eq!(w.vm.status().reason.as_deref(), Some("failed"));
+    }
+    let mut w = World::new(How::Wake);
+    w.disk();
+    assert!(w.ask(wake()).is_none());
+    let failed = w.say(r#"{"type":"failed","code":"identity","message":"m"}"#);
+    assert_eq!(code(failed), ErrorCode::BadGateway);
 }

@@ -23,6 +23,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
+use vmm::qemu::argv::saved_mib;
 use vmm::qemu::{Accel, How, Net, Paths, Spec, argv};
 
 const WAIT: Duration = Duration::from_secs(150);
@@ -119,8 +120,9 @@ impl Vm {
         let (agent, agent_far) = UnixStream::pair().unwrap();
         let state = match how {
             How::Template => Some(std::fs::File::open(template.join("state")).unwrap()),
+            How::Wake => Some(std::fs::File::open(template.join("saved")).unwrap()),
             How::Build => Some(std::fs::File::create(template.join("state")).unwrap()),
-            How::Cold | How::Wake => None,
+            How::Cold => None,
         };
         let spec = Spec {
             how,
@@ -205,7 +207,23 @@ impl Vm {
         let ready = WardenOp::DiskReady {
             size_bytes: DISK_BYTES,
         };
-        for (op, fds) in [(WardenOp::DiskFd, vec![file.as_fd()]), (ready, vec![])] {
+        self.warden(WardenOp::DiskFd, &[file.as_fd()]);
+        self.warden(ready, &[]);
+    }
+
+    /// Hands over an empty file for the workspace's memory, and has it saved.
+    fn memory_save(&self, path: &Path) {
+        let file = std::fs::File::create(path).unwrap();
+        file.set_len(u64::from(saved_mib(256)) << 20).unwrap();
+        self.warden(WardenOp::MemoryFd, &[file.as_fd()]);
+        let start = Instant::now();
+        let status: Status = self.ask(&Op::MemorySave).unwrap();
+        println!("saved in {:?}", start.elapsed());
+        assert_eq!(status.vm, VmState::Paused);
+    }
+
+    fn warden(&self, op: WardenOp, fds: &[BorrowedFd<'_>]) {
+        {
             let mut s = UnixStream::connect(self.dir.path().join("warden")).unwrap();
             let request = encode(&Request {
                 v: VERSION,
@@ -217,7 +235,7 @@ impl Vm {
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
             let mut control = SendAncillaryBuffer::new(&mut space);
             if !fds.is_empty() {
-                assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+                assert!(control.push(SendAncillaryMessage::ScmRights(fds)));
             }
             let io = [IoSlice::new(&request)];
             sendmsg(&s, &io, &mut control, SendFlags::empty()).unwrap();
@@ -348,6 +366,65 @@ fn template_and_cold_boot_give_the_same_workspace() {
         digest(&dir.path().join("memory")),
         "the template was written to"
     );
+}
+
+#[test]
+fn memory_that_was_saved_is_woken_beside_the_disk_as_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    let saved = dir.path().join("saved");
+    let disk = disk(dir.path());
+    let vm = Vm::prepared(How::Cold, dir.path());
+    vm.attach(&disk);
+    // Saved, it can go on, and be saved again.
+    vm.memory_save(&dir.path().join("first"));
+    let running: Status = vm.ask(&Op::Resume).unwrap();
+    assert_eq!(running.vm, VmState::Running);
+    vm.memory_save(&saved);
+    let end: Status = vm.ask(&Op::Shutdown { grace_ms: 0 }).unwrap();
+    assert_eq!(end.reason.as_deref(), Some("shutdown"));
+    drop(vm);
+    let blocks = std::os::unix::fs::MetadataExt::blocks(&saved.metadata().unwrap());
+    assert!(blocks * 512 < 192 << 20, "pages of zeros were written");
+    let read_only = std::os::unix::fs::PermissionsExt::from_mode(0o444);
+    std::fs::set_permissions(&saved, read_only).unwrap();
+    let before = digest(&saved);
+
+    let vm = Vm::open(How::Wake, dir.path(), false);
+    vm.disk(&disk);
+    let up: Up = vm
+        .ask(&Op::Wake {
+            wake: Box::new(api::agent::Wake {
+                time_unix_ns: 1_900_000_000_000_000_000,
+                token_state: token_state(),
+                ip: "10.117.0.9".into(),
+                prefix: 16,
+                gateway: "10.117.0.1".into(),
+            }),
+            wait_ms: 60_000,
+        })
+        .unwrap();
+    println!(
+        "woken after {:?}, {} ms of CPU",
+        vm.start.elapsed(),
+        vm.cpu_ms()
+    );
+    assert!(!up.kernel.is_empty());
+    vm.ask::<Status>(&Op::Pause).unwrap();
+    vm.ask::<Status>(&Op::Resume).unwrap();
+    let end: Status = vm.ask(&Op::Shutdown { grace_ms: 30_000 }).unwrap();
+    assert_eq!(end.reason.as_deref(), Some("shutdown"));
+    assert_eq!(before, digest(&saved), "what was saved was written to");
+    // What the woken guest unmounted is a sound file system.
+    let volume = dir.path().join("volume");
+    let mut from = std::fs::File::open(&disk).unwrap();
+    std::io::Seek::seek(&mut from, std::io::SeekFrom::Start(VOLUME_OFFSET_BYTES)).unwrap();
+    std::io::copy(&mut from, &mut std::fs::File::create(&volume).unwrap()).unwrap();
+    let checked = Command::new("e2fsck")
+        .arg("-fn")
+        .arg(&volume)
+        .output()
+        .unwrap();
+    assert!(checked.status.success(), "{checked:?}");
 }
 
 #[test]

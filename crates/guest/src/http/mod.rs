@@ -23,7 +23,7 @@ use seal::tls::tokio_rustls::TlsAcceptor;
 use serde_json::json;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 
 use crate::attach::token_state_store;
 use crate::auth::{Auth, Door, Refusal, StateError};
@@ -102,10 +102,14 @@ impl Service {
 }
 
 /// Serves the edge: mutual TLS, then a gateway token.
-pub async fn serve_edge(listener: TcpListener, tls: Arc<ServerConfig>, service: Arc<Service>) {
-    let acceptor = TlsAcceptor::from(tls);
+pub async fn serve_edge(
+    listener: TcpListener,
+    tls: watch::Receiver<Arc<ServerConfig>>,
+    service: Arc<Service>,
+) {
     accept(listener, move |stream| {
-        let (acceptor, service) = (acceptor.clone(), Arc::clone(&service));
+        let acceptor = TlsAcceptor::from(Arc::clone(&tls.borrow()));
+        let service = Arc::clone(&service);
         async move {
             let handshake = tokio::time::timeout(HEAD_TIMEOUT, acceptor.accept(stream));
             if let Ok(Ok(stream)) = handshake.await {

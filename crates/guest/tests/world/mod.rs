@@ -113,7 +113,11 @@ impl World {
         let listen = || TcpListener::bind((Ipv4Addr::LOCALHOST, 0));
         let (edge, direct) = (listen().await.unwrap(), listen().await.unwrap());
         let (edge_at, direct_at) = (edge.local_addr().unwrap(), direct.local_addr().unwrap());
-        tokio::spawn(serve_edge(edge, tls, Arc::clone(&service)));
+        tokio::spawn(serve_edge(
+            edge,
+            tokio::sync::watch::channel(tls).1,
+            Arc::clone(&service),
+        ));
         tokio::spawn(serve_direct(direct, Arc::clone(&service)));
         Self {
             dir,

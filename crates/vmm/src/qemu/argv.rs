@@ -29,6 +29,23 @@ pub(crate) const DISK_FDSET: i32 = 7;
 pub(crate) const SAVED_PAGES_BYTES: u64 = SAVED_STREAM_BYTES + (1 << 20);
 /// Where that format's stream begins, bytes.
 pub(crate) const SAVED_STREAM_BYTES: u64 = 16 << 20;
+/// The fdset that the file for memory comes in by.
+pub(crate) const SAVED_FDSET: i32 = 8;
+/// Most memory that can be saved, MiB: above it the head of QEMU's format, a bit a page, is longer
+/// than a MiB.
+pub const SAVED_MAX_MIB: u32 = 32_000;
+
+/// Where QEMU finds that file.
+pub(crate) fn saved_name() -> String {
+    format!("/dev/fdset/{SAVED_FDSET}")
+}
+
+/// Size of the file for a VM of so much memory, MiB: the pages, and room for the states around.
+#[must_use]
+pub fn saved_mib(memory_mib: u32) -> u32 {
+    memory_mib.saturating_add(48)
+}
+
 /// The raw node under the guest's second disk.
 pub(crate) const DISK_NODE: &str = "disk";
 
