@@ -1,7 +1,7 @@
 //! Host's socket: from desired to actual state of one machine's workspaces.
 
 use crate::warden::ImageId;
-use model::{HostId, Power, Resources, StartId, WorkspaceId};
+use model::{HostId, ObjectId, Power, Resources, StartId, WorkspaceId};
 use serde::{Deserialize, Serialize};
 
 /// A request to host.
@@ -49,6 +49,13 @@ pub enum Op {
         /// At most [`ACTIVE_MAX`].
         workspaces: Vec<WorkspaceId>,
     },
+    /// Somebody with the right to it asks for a workspace that has no VM: control sees it in
+    /// [`Actual::wanted`], and decides. Of no effect where [`Desired::wakes`] is off; edge only.
+    /// Answer: `true`.
+    Want {
+        /// The workspace.
+        workspace: WorkspaceId,
+    },
 }
 
 /// Workspaces in one [`Op::Active`] or [`Op::Idle`].
@@ -94,13 +101,16 @@ pub struct Desired {
     pub public_access: bool,
     /// Ports of the contract's `ingress_ports`.
     pub ingress_ports: Vec<u16>,
-    /// Receipt of the intent whose lease allows the next start; needed for `Running` when no VM
-    /// runs.
+    /// Receipt of the intent whose lease allows the next act: a start, which `Running` needs when no
+    /// VM runs, a wake, a sleep or a snapshot. What the lease opens says which.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease: Option<serde_json::Value>,
     /// That lease in clear: what host tells warden. The KMS compares it with the receipt.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start: Option<crate::audit::Lease>,
+    /// A request at its gateway may wake it.
+    #[serde(default)]
+    pub wakes: bool,
     /// Signed `mint::TokenState`; empty while key and tokens are being made: a start then waits
     /// with an attested disk.
     pub token_state: String,
@@ -123,8 +133,20 @@ pub struct Actual {
     pub public_access: bool,
     /// When the VM came up, ms since the epoch.
     pub since_ms: Option<u64>,
-    /// How it came up: `pool`, `template` or `cold`.
+    /// How it came up: `pool`, `template`, `cold`, or from saved memory: `wake`, `restore`.
     pub started_from: Option<String>,
+    /// Its memory is saved on this host.
+    #[serde(default)]
+    pub memory: bool,
+    /// A request at its gateway may wake it.
+    #[serde(default)]
+    pub wakes: bool,
+    /// Such a request waits, since the last change of what is wanted.
+    #[serde(default)]
+    pub wanted: bool,
+    /// The snapshot that this host process took last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<ObjectId>,
     /// What went wrong last.
     pub error: Option<crate::Error>,
 }
@@ -141,6 +163,8 @@ pub enum ActualState {
     Running,
     /// Memory kept, no CPU.
     Paused,
+    /// No VM; its memory is saved.
+    Asleep,
     /// On its way down.
     Stopping,
     /// The VM went away by itself.

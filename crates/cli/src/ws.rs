@@ -78,10 +78,47 @@ pub enum Command {
         /// Id or slug.
         workspace: String,
     },
-    /// Start.
+    /// Start; wake, if it sleeps.
     Start {
         /// Id or slug.
         workspace: String,
+        /// Start what sleeps from its disk: its memory is given up.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Sleep: its memory is encrypted to disk under its own key, and its VM ends.
+    Sleep {
+        /// Id or slug.
+        workspace: String,
+    },
+    /// Wake what sleeps, with its memory.
+    Wake {
+        /// Id or slug.
+        workspace: String,
+    },
+    /// Keep memory and disk as they are, encrypted, in the place of the snapshot before.
+    Snapshot {
+        /// Id or slug.
+        workspace: String,
+        /// What follows: `resume` (default), `pause` or `stop`.
+        #[arg(long, default_value = "resume", value_parser = ["resume", "pause", "stop"])]
+        after: String,
+    },
+    /// Back to the snapshot: what runs ends, and the disk is as it was then.
+    Restore {
+        /// Id or slug.
+        workspace: String,
+    },
+    /// Make a new workspace from a snapshot taken now, with a key and an identity of its own.
+    Fork {
+        /// Id or slug.
+        workspace: String,
+        /// A name for people.
+        #[arg(long)]
+        name: Option<String>,
+        /// Fork the snapshot that there is, and take none.
+        #[arg(long)]
+        last: bool,
     },
     /// Pause: its memory is kept, it uses no CPU.
     Pause {
@@ -135,8 +172,8 @@ pub struct LifecycleArgs {
     /// Temporary: what follows after this time (`30m`, `2h`), counted from now.
     #[arg(long)]
     ttl: Option<String>,
-    /// What follows: `stop` (default), `pause` or `remove`.
-    #[arg(long, value_parser = ["stop", "pause", "remove"])]
+    /// What follows: `stop` (default), `pause`, `suspend` or `remove`.
+    #[arg(long, value_parser = ["stop", "pause", "suspend", "remove"])]
     ttl_action: Option<String>,
     /// Delete it, with its key, whenever it ends.
     #[arg(long, requires = "ttl")]
@@ -148,8 +185,12 @@ pub struct LifecycleArgs {
     /// `on-failure` or `unless-stopped`.
     #[arg(long, conflicts_with = "ttl")]
     restart_policy: Option<String>,
-    /// Stop a permanent workspace that nobody used for this time (`2h`; at least an hour; `0` is
-    /// never).
+    /// Put a permanent workspace to sleep that nobody used for this time (`10m`; at least 2 minutes;
+    /// `0` is never). A request at its gateway wakes it.
+    #[arg(long, conflicts_with = "ttl")]
+    suspend_after: Option<String>,
+    /// Stop a permanent workspace that nobody used, or that slept, for this time (`2h`; at least an
+    /// hour; `0` is never).
     #[arg(long, conflicts_with = "ttl")]
     stop_after: Option<String>,
 }
@@ -248,7 +289,55 @@ pub async fn run(client: &Client, command: Command, as_json: bool) -> anyhow::Re
         }
         Command::Cp { from, to } => copy(client, &from, &to).await?,
         Command::Stop { workspace } => power(client, &workspace, "stop", as_json).await?,
-        Command::Start { workspace } => power(client, &workspace, "start", as_json).await?,
+        Command::Start { workspace, force } => {
+            let path = format!("/workspace/{workspace}/start");
+            let answer = client.post(&path, &json!({ "force": force })).await?;
+            print(as_json, &answer, |_| format!("{workspace} runs"));
+        }
+        Command::Sleep { workspace } => power(client, &workspace, "sleep", as_json).await?,
+        Command::Wake { workspace } => power(client, &workspace, "start", as_json).await?,
+        Command::Snapshot { workspace, after } => {
+            let answer = snapshot(client, &workspace, &after).await?;
+            print(as_json, &answer, |a| {
+                let of = &a["snapshot"];
+                format!(
+                    "{workspace} is kept as of {}; it {}",
+                    text(of, "created_at"),
+                    match after.as_str() {
+                        "pause" => "is paused",
+                        "stop" => "is stopped",
+                        _ => "runs on",
+                    }
+                )
+            });
+        }
+        Command::Restore { workspace } => {
+            let path = format!("/workspace/{workspace}/restore");
+            let answer = slow("restoring", client.post(&path, &json!({}))).await?;
+            print(as_json, &answer, |a| {
+                let of = &a["snapshot"];
+                format!("{workspace} runs as of {}", text(of, "created_at"))
+            });
+        }
+        Command::Fork {
+            workspace,
+            name,
+            last,
+        } => {
+            if !last {
+                snapshot(client, &workspace, "resume").await?;
+            }
+            let body = match name {
+                Some(name) => json!({ "name": name }),
+                None => json!({}),
+            };
+            let path = format!("/workspace/{workspace}/fork");
+            let made = slow("forking", client.post(&path, &body)).await?["workspace"].take();
+            let w = ready(client, made).await?;
+            print(as_json, &w, |w| {
+                format!("{} runs, forked from {workspace}", text(w, "id"))
+            });
+        }
         Command::Pause { workspace } => power(client, &workspace, "pause", as_json).await?,
         Command::Resume { workspace } => power(client, &workspace, "resume", as_json).await?,
         Command::Ping { workspace } => power(client, &workspace, "ping", as_json).await?,
@@ -308,7 +397,27 @@ pub async fn run(client: &Client, command: Command, as_json: bool) -> anyhow::Re
 /// # Errors
 /// [`crate::client::ApiError`], or what kept it from coming up.
 pub async fn create(client: &Client, body: &Value) -> anyhow::Result<Value> {
-    let mut w = client.post("/workspace", body).await?["workspace"].take();
+    let made = client.post("/workspace", body).await?["workspace"].take();
+    ready(client, made).await
+}
+
+async fn snapshot(client: &Client, ws: &str, after: &str) -> anyhow::Result<Value> {
+    let path = format!("/workspace/{ws}/snapshot");
+    let body = json!({ "after": after });
+    slow("copying disk and memory", client.post(&path, &body)).await
+}
+
+/// Shows that something long goes on.
+async fn slow<T>(what: &'static str, work: impl Future<Output = T>) -> T {
+    let bar = crate::progress::spinner();
+    bar.set_message(what);
+    let done = work.await;
+    bar.finish_and_clear();
+    done
+}
+
+/// Waits until a workspace that was made is ready.
+async fn ready(client: &Client, mut w: Value) -> anyhow::Result<Value> {
     let id = w["id"]
         .as_str()
         .context("the answer holds no id")?
@@ -331,11 +440,16 @@ pub async fn create(client: &Client, body: &Value) -> anyhow::Result<Value> {
 }
 
 async fn power(client: &Client, ws: &str, act: &str, as_json: bool) -> anyhow::Result<()> {
-    let answer = client
-        .post(&format!("/workspace/{ws}/{act}"), &json!({}))
-        .await?;
+    let path = format!("/workspace/{ws}/{act}");
+    let body = json!({});
+    let asked = client.post(&path, &body);
+    let answer = match act {
+        "sleep" => slow("saving its memory", asked).await?,
+        _ => asked.await?,
+    };
     print(as_json, &answer, |_| match act {
         "stop" => format!("{ws} is stopped; its disk is ciphertext"),
+        "sleep" => format!("{ws} sleeps; its disk and its memory are ciphertext"),
         "pause" => format!("{ws} is paused; its memory is kept"),
         "ping" => format!("{ws} is used"),
         _ => format!("{ws} runs"),
@@ -363,10 +477,16 @@ async fn lifecycle(client: &Client, args: &LifecycleArgs, as_json: bool) -> anyh
         };
         client.post(&format!("{path}/permanent"), &body).await?;
     }
-    if let Some(after) = &args.stop_after {
+    if args.stop_after.is_some() || args.suspend_after.is_some() {
         let before = client.get(&path).await?;
-        let suspend_after = before["idle"]["suspend_after"].as_u64().unwrap_or(0);
-        let body = json!({ "suspend_after": suspend_after, "stop_after": after });
+        let or = |given: &Option<String>, name: &str| match given {
+            Some(given) => Value::from(given.as_str()),
+            None => before["idle"][name].as_u64().unwrap_or(0).into(),
+        };
+        let body = json!({
+            "suspend_after": or(&args.suspend_after, "suspend_after"),
+            "stop_after": or(&args.stop_after, "stop_after"),
+        });
         let idle = format!("{path}/idle");
         client.control(Method::PUT, &idle, Some(&body)).await?;
     }

@@ -19,6 +19,13 @@ pub const READY_WAIT_MS: u64 = 30_000;
 pub const READY_WAIT_POLLING_MS: u64 = 5_000;
 /// How long a stop waits for the host's word, ms.
 pub const STOP_WAIT_MS: u64 = 20_000;
+/// How long a sleep or a snapshot waits for the host's word, ms.
+pub const SLEEP_WAIT_MS: u64 = 120_000;
+/// Shortest time between two wakes that requests at a gateway bring about, ms: one that failed is
+/// not tried again with each request.
+pub const WAKE_RETRY_MS: u64 = 10_000;
+/// After a sleep that failed, the next one by the clock waits, ms.
+pub const SLEEP_RETRY_MS: u64 = 600_000;
 /// How long a deletion waits for the host's word, ms.
 pub const DELETE_WAIT_MS: u64 = 20_000;
 /// How long a change of rules waits for the host's word, ms.

@@ -26,6 +26,8 @@ pub struct Metrics {
     pub workspaces: Gauge,
     /// Restarts by standing policy.
     pub restarts: Counter,
+    /// Wakes that requests at gateways brought about.
+    pub wakes: Counter,
     /// Deletions that wait for a step.
     pub deletions_waiting: Gauge,
     /// Audit entries that wait for the log.
@@ -40,6 +42,7 @@ impl Default for Metrics {
             seconds: Histogram::new(buckets),
             workspaces: Gauge::default(),
             restarts: Counter::default(),
+            wakes: Counter::default(),
             deletions_waiting: Gauge::default(),
             spooled: Gauge::default(),
         }
@@ -58,6 +61,11 @@ impl Metrics {
             self.seconds.clone(),
         );
         r.register("control_workspaces", "Workspaces", self.workspaces.clone());
+        r.register(
+            "control_wakes",
+            "Wakes by requests at gateways",
+            self.wakes.clone(),
+        );
         r.register(
             "control_restarts",
             "Restarts by standing policy",

@@ -3,11 +3,12 @@
 //!
 //! What it does by itself it does under the owner's standing policy, or to close something.
 
-use crate::app::{App, creation, power, removal, standing};
-use crate::limits::{NEWS_WAIT_MS, RECONCILE_EVERY, RECONCILE_GAP};
+use crate::app::{App, creation, power, removal, sleep, standing};
+use crate::limits::{NEWS_WAIT_MS, RECONCILE_EVERY, RECONCILE_GAP, SLEEP_RETRY_MS};
 use crate::op::Op;
 use crate::store::{Stage, Workspace};
 use api::host::{ACTIVE_MAX, Actual, ActualState, Changes, Idle};
+use api::mint::PolicyAct;
 use model::{Power, lifecycle};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -91,7 +92,7 @@ pub async fn converge(app: &Arc<App>) -> Duration {
             tracing::warn!(workspace = %w.id, code = e.code.as_str(), error = %e, detail = e.detail, "reconcile");
         }
     }
-    idle_stops(app, &all).await;
+    idle_ends(app, &all).await;
     pause(&all, app.now_ms())
 }
 
@@ -162,6 +163,21 @@ async fn settle(
     let now_ms = app.now_ms();
     let owed = w.doc.life.restart_at_ms;
     match (actual.state, w.doc.power) {
+        (ActualState::Asleep, Power::Asleep) if sleep::wake_due(w, actual, now_ms) => {
+            sleep::standing_wake(app, w, actual).await
+        }
+        (ActualState::Asleep, Power::Asleep) if sleep_ends_ms(w).is_some_and(|t| t <= now_ms) => {
+            standing::idle_stop(app, w).await
+        }
+        (ActualState::Stopped, Power::Stopped) if sleep::wake_due(w, actual, now_ms) => {
+            sleep::standing_wake(app, w, actual).await
+        }
+        (ActualState::Running | ActualState::Paused, Power::Asleep) => {
+            sleep::stays_awake(app, w, actual.error.clone()).await
+        }
+        (ActualState::Crashed | ActualState::Failed, Power::Asleep) => {
+            sleep::memory_lost(app, w, actual).await
+        }
         (ActualState::Running, _) => {
             power::ran_note(app, w, Some(actual)).await?;
             let forgiven = actual
@@ -199,10 +215,31 @@ async fn settle(
     }
 }
 
-/// Stops what nobody uses. Host is asked about those only that could be due.
-async fn idle_stops(app: &Arc<App>, all: &[Workspace]) {
+/// When a workspace that sleeps is stopped, ms since the epoch.
+fn sleep_ends_ms(w: &Workspace) -> Option<u64> {
+    let stop_after_s = w.doc.life.idle?.stop_after_s;
+    let asleep = w.doc.power == Power::Asleep && stop_after_s > 0;
+    asleep.then(|| w.doc.life.slept_ms.saturating_add(stop_after_s * 1_000))
+}
+
+/// Whether what nobody uses is put to sleep, and not stopped: its owner wants it, mint signed that,
+/// and it did not fail a moment ago.
+fn may_sleep(app: &App, w: &Workspace, now_ms: u64) -> bool {
+    let failed_ms = w.doc.life.sleep_failed_ms;
+    let rested = failed_ms.is_none_or(|t| now_ms.saturating_sub(t) >= SLEEP_RETRY_MS);
+    let wanted = w.doc.life.idle.is_some_and(|i| i.suspend_after_s > 0);
+    wanted && rested && sleep::policy_allows(app, w, PolicyAct::Sleep)
+}
+
+/// Puts to sleep, or stops, what nobody uses. Host is asked about those only that could be due.
+async fn idle_ends(app: &Arc<App>, all: &[Workspace]) {
     let now_ms = app.now_ms();
-    let limit_ms = |w: &Workspace| w.doc.life.idle.map_or(0, |i| i.stop_after_s * 1_000);
+    let limit_ms = |w: &Workspace| {
+        w.doc.life.idle.map_or(0, |i| match i.suspend_after_s {
+            s if s > 0 && may_sleep(app, w, now_ms) => s * 1_000,
+            _ => i.stop_after_s * 1_000,
+        })
+    };
     let due: Vec<&Workspace> = all
         .iter()
         .filter(|w| {
@@ -232,8 +269,16 @@ async fn idle_stops(app: &Arc<App>, all: &[Workspace]) {
             let unused = idle.get(&w.id).is_some_and(|ms| {
                 lifecycle::idle_ms(*ms, w.doc.life.pinged_ms, now_ms) >= limit_ms(w)
             });
-            if unused && let Err(e) = standing::idle_stop(app, w).await {
-                tracing::warn!(workspace = %w.id, code = e.code.as_str(), error = %e, "idle stop");
+            if !unused {
+                continue;
+            }
+            let done = if may_sleep(app, w, now_ms) {
+                sleep::standing_sleep(app, w).await
+            } else {
+                standing::idle_stop(app, w).await
+            };
+            if let Err(e) = done {
+                tracing::warn!(workspace = %w.id, code = e.code.as_str(), error = %e, "idle");
             }
         }
     }
@@ -241,7 +286,13 @@ async fn idle_stops(app: &Arc<App>, all: &[Workspace]) {
 
 /// When the next look is due: nothing waits longer than to its own time.
 fn pause(all: &[Workspace], now_ms: u64) -> Duration {
-    let due = |w: &Workspace| [w.doc.ttl_expires_ms, w.doc.life.restart_at_ms];
+    let due = |w: &Workspace| {
+        [
+            w.doc.ttl_expires_ms,
+            w.doc.life.restart_at_ms,
+            sleep_ends_ms(w),
+        ]
+    };
     let next_ms = all.iter().flat_map(due).flatten();
     let next_ms = next_ms.filter_map(|t| t.checked_sub(now_ms)).min();
     let pause = next_ms.map_or(RECONCILE_EVERY, Duration::from_millis);

@@ -175,6 +175,10 @@ async fn i19_each_operation_is_closed_to_others_and_each_act_leaves_entries() {
                 w.ok(1, "POST", &format!("/workspace/{id}/stop"), Value::Null)
                     .await,
             ),
+            "snapshot_restore" | "workspace_fork" => drop(
+                w.ok(1, "POST", &format!("/workspace/{id}/snapshot"), Value::Null)
+                    .await,
+            ),
             "erasure_get" => drop(
                 w.ok(1, "DELETE", &format!("/workspace/{id}"), Value::Null)
                     .await,
@@ -444,14 +448,6 @@ async fn wrong_requests_get_the_contracts_codes_and_name_the_field() {
             501,
             "not_supported",
             "config.workloads",
-        ),
-        (
-            "POST",
-            "/workspace",
-            json!({ "config": { "ttl_action": "suspend", "ttl": 60 } }),
-            501,
-            "not_supported",
-            "suspend",
         ),
         (
             "POST",

@@ -14,6 +14,8 @@ pub struct Refusal {
     pub error: Error,
     /// The status.
     pub status: StatusCode,
+    /// After how long it is worth another try, seconds.
+    pub retry_after_s: Option<u32>,
 }
 
 impl Refusal {
@@ -48,6 +50,10 @@ impl Refusal {
         *response.status_mut() = self.status;
         let json = HeaderValue::from_static("application/json");
         response.headers_mut().insert(header::CONTENT_TYPE, json);
+        if let Some(s) = self.retry_after_s {
+            let s = HeaderValue::from(s);
+            response.headers_mut().insert(header::RETRY_AFTER, s);
+        }
         response
     }
 
@@ -71,7 +77,11 @@ impl From<Error> for Refusal {
     fn from(error: Error) -> Self {
         let status = StatusCode::from_u16(error.code.http_status())
             .unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        Self { error, status }
+        Self {
+            error,
+            status,
+            retry_after_s: None,
+        }
     }
 }
 
@@ -100,5 +110,6 @@ pub fn unreadable(status: u16) -> Refusal {
     Refusal {
         error: Error::new(ErrorCode::BadRequest, message),
         status: StatusCode::from_u16(status).unwrap_or(StatusCode::BAD_REQUEST),
+        retry_after_s: None,
     }
 }

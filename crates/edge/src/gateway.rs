@@ -21,10 +21,11 @@ use crate::control::bearer;
 use crate::feeds::Feeds;
 use crate::guest::{Guests, Key};
 use crate::headers;
-use crate::limits::PUSH_MAX;
+use crate::limits::{PUSH_MAX, WAKE_ASK_EVERY};
 use crate::server::Seen;
-use crate::state::{Live, Table};
+use crate::state::{Live, Route, Table};
 use crate::upstream::Lease;
+use crate::wake::{Wakes, slow};
 
 /// The way to workspaces.
 pub struct Gateway {
@@ -34,6 +35,8 @@ pub struct Gateway {
     pub table: Arc<Table>,
     /// What is new about that.
     pub feeds: Arc<Feeds>,
+    /// Whom requests wait for.
+    pub wakes: Wakes,
     /// Where to.
     pub guests: Arc<Guests>,
     /// When.
@@ -71,14 +74,7 @@ impl Gateway {
     ) -> Result<Response<Payload>, Refusal> {
         let (parts, body) = request.into_parts();
         let (workspace, claims) = self.claims(&parts)?;
-        let (route, live) = match self.table.admit(&workspace, &claims) {
-            // It may have changed a moment ago: who waited for a start or an opening finds it so.
-            Err(e) if may_have_changed(e.code) => {
-                self.feeds.refresh().await;
-                self.table.admit(&workspace, &claims)?
-            }
-            judged => judged?,
-        };
+        let (route, live) = self.admitted(&workspace, &claims).await?;
         if is_platforms(parts.uri.path()) {
             return Err(Refusal::new(ErrorCode::NotFound, "no such call"));
         }
@@ -117,6 +113,47 @@ impl Gateway {
         *answer.headers_mut() = headers::to_client(answer.headers(), true, head);
         let held = Held { lease, _live: live };
         Ok(answer.map(|body| Relay::payload(body, Some(cut), seen.bytes(), held)))
+    }
+
+    /// Admits a request; one that only the workspace's rest keeps out waits until it is awake.
+    async fn admitted(
+        &self,
+        workspace: &WorkspaceId,
+        claims: &GatewayClaims,
+    ) -> Result<(Route, Live), Refusal> {
+        match self.table.admit(workspace, claims) {
+            // It may have changed a moment ago: who waited for a start or an opening finds it so.
+            Err(e) if may_have_changed(e.code) => self.feeds.refresh().await,
+            judged => return Ok(judged?),
+        }
+        match self.table.admit(workspace, claims) {
+            // The table judges rest last: token and gateway would let it pass.
+            Err(e) if e.code == ErrorCode::VmNotRunning && self.waits_for(workspace) => {}
+            judged => return Ok(judged?),
+        }
+        let turn = self.wakes.enter(workspace)?;
+        let woken = async {
+            loop {
+                let mut moved = std::pin::pin!(self.table.moved.notified());
+                moved.as_mut().enable();
+                match self.table.admit(workspace, claims) {
+                    Err(e)
+                        if e.code == ErrorCode::VmNotRunning
+                            && self.table.may_come_up(workspace) => {}
+                    judged => return judged.map_err(Refusal::from),
+                }
+                turn.ask().await;
+                let _ = tokio::time::timeout(WAKE_ASK_EVERY, moved).await;
+            }
+        };
+        let woken = tokio::time::timeout(self.wakes.wake_max, woken).await;
+        woken.unwrap_or_else(|_| Err(slow()))
+    }
+
+    /// Whether a request waits for this workspace: it may wake it, or others wait already.
+    fn waits_for(&self, workspace: &WorkspaceId) -> bool {
+        self.table.may_wake(workspace)
+            || self.wakes.is_awaited(workspace) && self.table.may_come_up(workspace)
     }
 
     /// Returns when the workspace's guest was told its token state.

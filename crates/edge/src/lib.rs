@@ -27,6 +27,7 @@ pub mod metrics;
 pub mod server;
 pub mod state;
 pub mod upstream;
+pub mod wake;
 pub mod wire;
 
 use std::net::TcpListener;
@@ -61,6 +62,7 @@ use limits::{
 use metrics::Metrics;
 use server::Server;
 use state::{GuestNet, Source, Table};
+use wake::Wakes;
 
 /// What the edge is made of.
 pub struct Parts {
@@ -84,6 +86,8 @@ pub struct Parts {
     pub clock: Clock,
     /// Client connections at once.
     pub connections_max: usize,
+    /// How long a request waits for a workspace that wakes.
+    pub wake_max: Duration,
 }
 
 /// A running edge's inside.
@@ -105,6 +109,7 @@ impl Edge {
         let guests = Arc::new(Guests::new(parts.identity, Arc::clone(&metrics)));
         // Clients of their own: a stuck feed must not delay an assertion.
         let (mint, host) = (Client::new(&parts.mint), Client::new(&parts.host));
+        let wakes = Wakes::new(Client::new(&parts.host), parts.wake_max);
         let feeds = Feeds::new(mint, host, Arc::clone(&table));
         let server = Arc::new(Server {
             hosts: parts.hosts,
@@ -113,6 +118,7 @@ impl Edge {
                 key: parts.gateway_key,
                 table: Arc::clone(&table),
                 feeds,
+                wakes,
                 guests,
                 clock: parts.clock,
             },
@@ -208,6 +214,7 @@ async fn run_with(boot: &Boot, listeners: Vec<TcpListener>) -> anyhow::Result<()
         },
         clock: boot.clock.clone(),
         connections_max: connections_max(),
+        wake_max: limits::WAKE_MAX,
     });
     let listeners = listeners
         .into_iter()

@@ -102,6 +102,16 @@ pub const TOLD_MAX_BYTES: usize = 4 << 10;
 /// How long one such offer may take.
 pub const PUSH_MAX: Duration = Duration::from_secs(5);
 
+/// How long a request waits for a workspace that wakes.
+pub const WAKE_MAX: Duration = Duration::from_secs(15);
+/// Requests that wait so at once.
+pub const WAKES_WAITING_MAX: usize = 512;
+/// How often host is told that a workspace is wanted, while requests wait for it.
+pub const WAKE_ASK_EVERY: Duration = Duration::from_secs(1);
+/// How long one such word may take.
+pub const WAKE_ASK_MAX: Duration = Duration::from_secs(2);
+/// `Retry-After` of a request that waited too long, seconds (contract §5).
+pub const WAKE_RETRY_AFTER_S: u32 = 1;
 /// How often host is told which workspaces were used.
 pub const ACTIVITY_EVERY: Duration = Duration::from_secs(5);
 /// How long one such report may take.

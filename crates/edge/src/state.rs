@@ -85,6 +85,8 @@ pub struct Table {
     pub changed: Notify,
     /// Telling a guest has ended, one way or the other.
     pub settled: Notify,
+    /// A workspace's actual state changed: wakes all who wait for one.
+    pub moved: Notify,
 }
 
 #[derive(Default)]
@@ -220,6 +222,7 @@ impl Table {
             }),
             changed: Notify::new(),
             settled: Notify::new(),
+            moved: Notify::new(),
         })
     }
 
@@ -333,6 +336,27 @@ impl Table {
         inner.settle(&workspace);
         drop(inner);
         self.changed.notify_one();
+        self.moved.notify_waiters();
+    }
+
+    /// Whether a workspace rests and a request may wake it.
+    #[must_use]
+    pub fn may_wake(&self, workspace: &WorkspaceId) -> bool {
+        self.rests(workspace, |a| a.wakes)
+    }
+
+    /// Whether a workspace that was asked for may still come up.
+    #[must_use]
+    pub fn may_come_up(&self, workspace: &WorkspaceId) -> bool {
+        self.rests(workspace, |a| a.wakes || a.state != ActualState::Stopped)
+    }
+
+    fn rests(&self, workspace: &WorkspaceId, and: impl Fn(&Actual) -> bool) -> bool {
+        let inner = self.lock();
+        let actual = inner.entries.get(workspace).and_then(|e| e.actual.as_ref());
+        actual.is_some_and(|a| {
+            !matches!(a.state, ActualState::Running | ActualState::Paused) && and(a)
+        })
     }
 
     /// A feed was read from its beginning: what it did not name is gone.

@@ -128,6 +128,7 @@ pub(crate) mod tests {
             config: "{}".into(),
             public_access: false,
             ingress_ports: vec![],
+            wakes: false,
             lease: Some(serde_json::json!({"secretish": 1})),
             start: None,
             token_state: "v1.x".into(),

@@ -39,6 +39,19 @@ impl Feed {
         }
     }
 
+    /// Publishes that somebody asks for a workspace that rests, if such a request may wake it.
+    pub fn want(&self, workspace: &WorkspaceId) {
+        let rests =
+            |a: &&Actual| a.wakes && matches!(a.state, ActualState::Asleep | ActualState::Stopped);
+        if let Some(actual) = self.get(workspace).as_ref().filter(rests) {
+            let wanted = true;
+            self.publish(Actual {
+                wanted,
+                ..actual.clone()
+            });
+        }
+    }
+
     /// Publishes a state; one that changes nothing is no change.
     pub fn publish(&self, actual: Actual) {
         let mut inner = self.lock();
@@ -149,6 +162,10 @@ mod tests {
             public_access: false,
             since_ms: None,
             started_from: None,
+            memory: false,
+            wakes: false,
+            wanted: false,
+            snapshot: None,
             error: None,
         }
     }

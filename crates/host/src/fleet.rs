@@ -336,6 +336,11 @@ impl Fleet {
         }
     }
 
+    /// A free slot for a workspace that comes up from saved memory.
+    pub(crate) fn slot_for_memory(&self) -> api::Result<u16> {
+        self.slot_take(true)
+    }
+
     /// Closes a slot now, or leaves it to `tend`.
     pub(crate) async fn close_some_time(&self, slot: u16) -> bool {
         match self.close(slot).await {

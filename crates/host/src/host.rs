@@ -154,10 +154,16 @@ impl Host {
                 }
                 ok(&true)
             }
-            (_, "edge") | (Op::Apply { .. } | Op::Active { .. }, _) => Err(Error::new(
-                ErrorCode::Forbidden,
-                "this process may not ask that of host",
-            )),
+            (Op::Want { workspace }, "edge") => {
+                self.shared.feed.want(&workspace);
+                ok(&true)
+            }
+            (_, "edge") | (Op::Want { .. } | Op::Apply { .. } | Op::Active { .. }, _) => {
+                Err(Error::new(
+                    ErrorCode::Forbidden,
+                    "this process may not ask that of host",
+                ))
+            }
             (Op::Get { workspace }, _) => ok(&self.get(&workspace)?),
             (Op::List, _) => ok(&self.shared.feed.list()),
             (Op::Counters { workspace }, _) => ok(&self.counters(&workspace).await?),
@@ -201,9 +207,12 @@ impl Host {
             // A change that comes in the middle of a start does not take its lease away.
             let starting = |p| matches!(p, Power::Running | Power::Paused);
             let starts_on = last.as_ref().filter(|l| starting(l.power));
-            if let Some(last) = starts_on
+            let goes_on = |l: &Desired| {
+                starting(l.power) && starting(desired.power)
+                    || l.power == Power::Asleep && desired.power == Power::Asleep
+            };
+            if let Some(last) = last.as_ref().filter(|l| goes_on(l))
                 && desired.lease.is_none()
-                && starting(desired.power)
             {
                 desired.lease.clone_from(&last.lease);
                 desired.start.clone_from(&last.start);

@@ -20,6 +20,7 @@ pub mod limits;
 pub mod machine;
 mod metrics;
 pub mod peers;
+mod save;
 pub mod workspace;
 
 use anyhow::Context as _;

@@ -47,6 +47,9 @@ pub const PREPARE_CALL_MAX: Duration = Duration::from_secs(120);
 pub const TEMPLATE_CALL_MAX: Duration = Duration::from_secs(120);
 /// Longest wait for the disk to open, or to be formatted.
 pub const GRANT_CALL_MAX: Duration = Duration::from_secs(60);
+/// Longest wait for memory to be saved, or for a disk to be copied: at most
+/// [`model::limits::MEMORY_MB`] of one and [`model::limits::DISK_MB`] of the other.
+pub const SAVE_CALL_MAX: Duration = Duration::from_secs(1_800);
 /// Longest wait for a shutdown beyond its grace.
 pub const SHUTDOWN_CALL_MAX: Duration = Duration::from_secs(20);
 /// Longest wait for the agent beyond what it is granted.

@@ -3,23 +3,32 @@
 //! ```text
 //!            claim          disk_open         net_set, key_release     disk_grant         attach
 //!  Absent ──────────▶ Claimed ────────▶ Attested ──────────────────▶ Keyed ──────────▶ DiskIn ──────▶ Running
-//!    ▲                   │                  │                          │                 │          │  ▲  │
-//!    │                   └──────────────────┴────────┬─────────────────┴─────────────────┘     pause│  │  │ shutdown,
-//!    │  close                                        │ any failure, a stop, a restart of host       ▼  │  │ VM gone
-//!    └─────────────────────────────────────────── Down ◀───────────────────────────────────────  Paused  ◀┘
+//!    ▲ │                 ▲                  │                          │                 │          │  ▲  │
+//!    │ │ memory_open     │ memory_grant     │                          │                 │     pause│  │  │ shutdown,
+//!    │ └──▶ MemoryAttested ─▶ MemoryKeyed   │ any failure, a stop, a restart of host     │          ▼  │  │ VM gone
+//!    │  close      └──────────────┴─────────┴────────┬─────────────────┴─────────────────┘       Paused  ◀┘
+//!    └─────────────────────────────────────────── Down                                              │
+//!                                                                                                   │ save
+//!  of a paused VM, its disk first where it is a snapshot:                                           ▼
+//!   copy_open ─▶ CopyAttested ─▶ CopyKeyed ─▶ memory_open ─▶ Attested ─▶ Keyed ─▶ Ready ─▶ Written ─▶ save_end
 //! ```
 //!
 //! - A start needs a lease that was not used yet; without one the workspace rests where it is,
 //!   and control, which sees it, asks for a lease under the owner's request or standing policy.
+//! - What a lease opens says what it is for: a start, a wake (or restore), a sleep, a snapshot.
 //! - A wish without a token state is of a workspace whose key and tokens are being made: its start
 //!   goes on to an attested disk, beside that, and waits there.
 //! - A VM whose start failed at any step is closed and never used again: it may hold an identity.
 //! - Rules are set before the guest runs, and before anything else whenever they changed.
 //! - A stop asks the guest (`shutdown`); a delete does not: its key is gone anyway.
-//! - After a kill of host, whatever is between `Absent` and `Running` is found as `Down`: answers
-//!   that were in flight are lost, and leases are never written to disk.
+//! - A sleep or snapshot that fails leaves the workspace as it was: what was begun is dropped, and
+//!   the guest goes on. A wake that fails before its disk is granted leaves it asleep.
+//! - Saved memory beside a start from the disk is stale: it is removed before that start.
+//! - After a kill of host, whatever is between `Absent` and `Running` is found as `Down`, and what
+//!   was being saved is dropped: answers that were in flight are lost, and leases are never written
+//!   to disk.
 //!
-//! The cost: a start that host's own death interrupts needs a new lease.
+//! The cost: a start or a save that host's own death interrupts needs a new lease.
 //!
 //! Must never hold a clock, a socket or a lease.
 
@@ -30,7 +39,11 @@ use model::Power;
 pub enum Vm {
     /// There is none.
     Absent,
-    /// One without identity is ours.
+    /// The process that serves its saved memory is attested and waits for its key.
+    MemoryAttested,
+    /// That key is in hand.
+    MemoryKeyed,
+    /// One without identity, or on saved memory, is ours.
     Claimed,
     /// The disk process is attested and waits for its key.
     Attested,
@@ -46,21 +59,59 @@ pub enum Vm {
     Down,
 }
 
+/// What a lease is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Act {
+    /// A start from the disk, or from a copy of a snapshot's.
+    Start,
+    /// A start from saved memory.
+    Wake,
+    /// Memory to disk, and the VM is over.
+    Sleep,
+    /// Memory and disk, copied.
+    Snapshot,
+}
+
+/// How far a save is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// The disk process is attested for the copy of its disk.
+    CopyAttested,
+    /// The copy's key is in hand.
+    CopyKeyed,
+    /// The copy is there.
+    Copied,
+    /// The process for memory is attested.
+    Attested,
+    /// Its key is in hand.
+    Keyed,
+    /// vmctl has the file.
+    Ready,
+    /// Memory is in it.
+    Written,
+}
+
 /// What is so.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Facts {
     /// How far the VM is.
     pub vm: Vm,
+    /// What is being saved of it, and how far that is.
+    pub saving: Option<(Act, Stage)>,
     /// The rules in force are those wanted.
     pub net_current: bool,
-    /// There is a lease that was not used.
-    pub lease_usable: bool,
+    /// What a lease that was not used is for.
+    pub lease: Option<Act>,
     /// The workspace has its key and its tokens.
     pub provisioned: bool,
     /// The disk file is gone.
     pub erased: bool,
+    /// Its memory is saved here: it is asleep.
+    pub memory: bool,
     /// The VM refused to pause or resume for this generation.
     pub refused: bool,
+    /// It could not be saved for this generation.
+    pub unsaved: bool,
 }
 
 /// The next thing to do. Each may be done twice.
@@ -68,6 +119,12 @@ pub struct Facts {
 pub enum Step {
     /// Take a VM without identity, from the pool or by opening one.
     Claim,
+    /// Spawn and attest the process that serves saved memory, on a free slot.
+    MemoryOpen,
+    /// Ask the KMS for saved memory's key.
+    MemoryKey,
+    /// Give it to that process: the VM is there, on its memory.
+    MemoryGrant,
     /// Spawn and attest the disk process.
     DiskOpen,
     /// Ask the KMS.
@@ -76,17 +133,23 @@ pub enum Step {
     DiskGrant,
     /// Set the firewall triples.
     NetSet,
-    /// Attach the disk, continue the guest, wait for its agent.
+    /// Attach the disk (or go on with saved memory), continue the guest, wait for its agent.
     Attach,
     /// Stop the virtual CPUs.
     Pause,
     /// Continue them.
     Resume,
+    /// The next step of a save.
+    Save(Act, Option<Stage>),
+    /// What is being saved is given up.
+    SaveDrop,
+    /// Saved memory is removed.
+    Forget,
     /// Ask the guest to end.
     Shutdown,
     /// End everything on the slot.
     Close,
-    /// Remove the disk file.
+    /// Remove the disk file and everything beside it.
     Erase,
     /// Nothing: wait for something to change.
     Rest,
@@ -102,26 +165,66 @@ pub fn next(power: Power, facts: &Facts) -> Step {
         (Power::Deleted, Vm::Absent) => Step::Erase,
         (Power::Deleted, _) => Step::Close,
 
-        (Power::Stopped, Vm::Absent) => Step::Rest,
-        (Power::Stopped, Vm::Running) => Step::Shutdown,
-        // A stopped CPU can't say goodbye.
-        (Power::Stopped, Vm::Paused) if !facts.refused => Step::Resume,
-        (Power::Stopped, _) => Step::Close,
+        (_, Vm::Running | Vm::Paused) => up(power, facts),
+        (_, Vm::Absent) => absent(power, facts),
 
-        (Power::Running, Vm::Absent) if facts.lease_usable => Step::Claim,
-        (Power::Running | Power::Paused, Vm::Absent) => Step::Rest,
-        (_, Vm::Claimed) => Step::DiskOpen,
-        (_, Vm::Attested | Vm::DiskIn | Vm::Running | Vm::Paused) if !facts.net_current => {
-            Step::NetSet
+        (Power::Stopped, _) => Step::Close,
+        // Past this point the saved memory is used up: it goes on, and is put to sleep anew.
+        (Power::Asleep, Vm::MemoryAttested | Vm::MemoryKeyed | Vm::Claimed | Vm::Attested) => {
+            Step::Close
         }
+
+        (_, Vm::MemoryAttested) => Step::MemoryKey,
+        (_, Vm::MemoryKeyed) => Step::MemoryGrant,
+        (_, Vm::Claimed) => Step::DiskOpen,
+        (_, Vm::Attested | Vm::DiskIn) if !facts.net_current => Step::NetSet,
         (_, Vm::Attested) if !facts.provisioned => Step::Rest,
         (_, Vm::Attested) => Step::KeyRelease,
         (_, Vm::Keyed) => Step::DiskGrant,
         (_, Vm::DiskIn) => Step::Attach,
+    }
+}
 
-        (Power::Running, Vm::Paused) if !facts.refused => Step::Resume,
-        (Power::Paused, Vm::Running) if !facts.refused => Step::Pause,
-        (_, Vm::Running | Vm::Paused) => Step::Rest,
+/// The next step of a workspace without a VM.
+fn absent(power: Power, facts: &Facts) -> Step {
+    match (power, facts.lease) {
+        (Power::Stopped, _) if facts.memory => Step::Forget,
+        (Power::Running | Power::Paused, Some(Act::Wake)) => Step::MemoryOpen,
+        (Power::Running | Power::Paused, Some(Act::Start)) if facts.memory => Step::Forget,
+        (Power::Running | Power::Paused, Some(Act::Start)) => Step::Claim,
+        _ => Step::Rest,
+    }
+}
+
+/// The next step of a workspace whose guest is up.
+fn up(power: Power, facts: &Facts) -> Step {
+    let paused = facts.vm == Vm::Paused;
+    if let Some((act, stage)) = facts.saving {
+        let called_off = act == Act::Sleep && power != Power::Asleep;
+        if called_off || facts.unsaved || !paused {
+            return Step::SaveDrop;
+        }
+        return Step::Save(act, Some(stage));
+    }
+    if !facts.net_current && power != Power::Stopped {
+        return Step::NetSet;
+    }
+    let act = facts.lease.filter(|_| !facts.unsaved && !facts.refused);
+    let saves = match (power, act) {
+        (Power::Asleep, Some(Act::Sleep)) => act,
+        (Power::Running | Power::Paused | Power::Stopped, Some(Act::Snapshot)) => act,
+        _ => None,
+    };
+    match (power, saves) {
+        (_, Some(act)) if paused => Step::Save(act, None),
+        (_, Some(_)) => Step::Pause,
+        // A stopped CPU can't say goodbye.
+        (Power::Stopped, None) if paused && !facts.refused => Step::Resume,
+        (Power::Stopped, None) if paused => Step::Close,
+        (Power::Stopped, None) => Step::Shutdown,
+        (Power::Running | Power::Asleep, None) if paused && !facts.refused => Step::Resume,
+        (Power::Paused, None) if !paused && !facts.refused => Step::Pause,
+        _ => Step::Rest,
     }
 }
 
@@ -131,8 +234,10 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const VMS: [Vm; 8] = [
+    const VMS: [Vm; 10] = [
         Vm::Absent,
+        Vm::MemoryAttested,
+        Vm::MemoryKeyed,
         Vm::Claimed,
         Vm::Attested,
         Vm::Keyed,
@@ -141,26 +246,63 @@ mod tests {
         Vm::Paused,
         Vm::Down,
     ];
-    const POWERS: [Power; 4] = [
+    const STAGES: [Stage; 7] = [
+        Stage::CopyAttested,
+        Stage::CopyKeyed,
+        Stage::Copied,
+        Stage::Attested,
+        Stage::Keyed,
+        Stage::Ready,
+        Stage::Written,
+    ];
+    const ACTS: [Act; 4] = [Act::Start, Act::Wake, Act::Sleep, Act::Snapshot];
+    const POWERS: [Power; 5] = [
         Power::Running,
         Power::Paused,
+        Power::Asleep,
         Power::Stopped,
         Power::Deleted,
     ];
+
+    /// What follows a stage of a save; none: it is done.
+    fn stage_after(act: Act, stage: Option<Stage>) -> Option<Stage> {
+        match stage {
+            None if act == Act::Snapshot => Some(Stage::CopyAttested),
+            Some(Stage::CopyAttested) => Some(Stage::CopyKeyed),
+            Some(Stage::CopyKeyed) => Some(Stage::Copied),
+            None | Some(Stage::Copied) => Some(Stage::Attested),
+            Some(Stage::Attested) => Some(Stage::Keyed),
+            Some(Stage::Keyed) => Some(Stage::Ready),
+            Some(Stage::Ready) => Some(Stage::Written),
+            Some(Stage::Written) => None,
+        }
+    }
 
     /// What a step that succeeds makes of the facts.
     fn done(step: Step, mut f: Facts) -> Facts {
         match step {
             Step::Claim => (f.vm, f.net_current) = (Vm::Claimed, false),
+            Step::MemoryOpen => f.vm = Vm::MemoryAttested,
+            Step::MemoryKey => f.vm = Vm::MemoryKeyed,
+            Step::MemoryGrant => (f.vm, f.net_current) = (Vm::Claimed, false),
             Step::DiskOpen => f.vm = Vm::Attested,
-            Step::KeyRelease => (f.vm, f.lease_usable) = (Vm::Keyed, false),
-            Step::DiskGrant => f.vm = Vm::DiskIn,
+            Step::KeyRelease => (f.vm, f.lease) = (Vm::Keyed, None),
+            Step::DiskGrant => (f.vm, f.memory) = (Vm::DiskIn, false),
             Step::NetSet => f.net_current = true,
             Step::Attach | Step::Resume => f.vm = Vm::Running,
             Step::Pause => f.vm = Vm::Paused,
-            Step::Shutdown => f.vm = Vm::Down,
-            Step::Close => f.vm = Vm::Absent,
-            Step::Erase => f.erased = true,
+            Step::Save(act, stage) => {
+                f.lease = None;
+                f.saving = stage_after(act, stage).map(|s| (act, s));
+                if f.saving.is_none() && act == Act::Sleep {
+                    (f.vm, f.memory) = (Vm::Absent, true);
+                }
+            }
+            Step::SaveDrop => f.saving = None,
+            Step::Forget => f.memory = false,
+            Step::Shutdown => (f.vm, f.saving) = (Vm::Down, None),
+            Step::Close => (f.vm, f.saving) = (Vm::Absent, None),
+            Step::Erase => (f.erased, f.memory) = (true, false),
             Step::Rest => {}
         }
         f
@@ -169,31 +311,58 @@ mod tests {
     /// What a step that fails, or a kill of host after it, leaves behind.
     fn broken(step: Step, mut f: Facts) -> Facts {
         match step {
-            Step::Claim | Step::Rest | Step::Erase => f.lease_usable = false,
+            Step::Claim | Step::MemoryOpen | Step::Rest | Step::Erase => f.lease = None,
             Step::Pause | Step::Resume => f.refused = true,
             Step::NetSet if matches!(f.vm, Vm::Running | Vm::Paused) => {}
-            Step::Close => {}
-            _ => (f.vm, f.lease_usable) = (Vm::Down, false),
+            Step::Save(..) => (f.unsaved, f.lease) = (true, None),
+            Step::SaveDrop => f.saving = None,
+            Step::Close | Step::Forget => {}
+            _ => (f.vm, f.lease) = (Vm::Down, None),
         }
         f
     }
 
     fn facts() -> impl Strategy<Value = Facts> {
         let b = any::<bool>;
-        (0..VMS.len(), b(), b(), b(), b(), b()).prop_map(|(vm, n, l, p, e, r)| Facts {
-            vm: VMS[vm],
-            net_current: n,
-            lease_usable: l,
-            provisioned: p,
-            erased: e,
-            refused: r,
+        let saving = proptest::option::of((2..ACTS.len(), 0..STAGES.len()));
+        let lease = proptest::option::of(0..ACTS.len());
+        let bits = (b(), b(), b(), b(), b(), b());
+        (0..VMS.len(), saving, lease, bits).prop_map(|(vm, saving, lease, (n, p, e, m, r, u))| {
+            let vm = VMS[vm];
+            let up = matches!(vm, Vm::Running | Vm::Paused);
+            Facts {
+                vm,
+                saving: saving.map(|(a, s)| (ACTS[a], STAGES[s])).filter(|_| up),
+                net_current: n,
+                lease: lease.map(|a| ACTS[a]),
+                provisioned: p,
+                erased: e,
+                // A guest that is up has used its memory up.
+                memory: m && !up,
+                refused: r,
+                unsaved: u,
+            }
         })
+    }
+
+    fn fresh(lease: Act) -> Facts {
+        Facts {
+            vm: Vm::Absent,
+            saving: None,
+            net_current: true,
+            lease: Some(lease),
+            provisioned: true,
+            erased: false,
+            memory: false,
+            refused: false,
+            unsaved: false,
+        }
     }
 
     /// Runs to rest; panics if it never rests.
     fn settle(power: Power, mut f: Facts) -> (Facts, Vec<Step>) {
         let mut taken = Vec::new();
-        for _ in 0..16 {
+        for _ in 0..24 {
             match next(power, &f) {
                 Step::Rest => return (f, taken),
                 step => {
@@ -207,15 +376,11 @@ mod tests {
 
     #[test]
     fn a_start_takes_each_step_once_and_in_order() {
-        let fresh = Facts {
-            vm: Vm::Absent,
-            net_current: true,
-            lease_usable: true,
+        let unprovisioned = Facts {
             provisioned: false,
-            erased: false,
-            refused: false,
+            ..fresh(Act::Start)
         };
-        let (end, taken) = settle(Power::Running, fresh);
+        let (end, taken) = settle(Power::Running, unprovisioned);
         assert_eq!(
             end.vm,
             Vm::Attested,
@@ -231,35 +396,116 @@ mod tests {
         assert_eq!(taken, [Step::KeyRelease, Step::DiskGrant, Step::Attach]);
     }
 
+    #[test]
+    fn a_sleep_and_a_wake_take_each_step_once_and_in_order() {
+        let up = Facts {
+            vm: Vm::Running,
+            ..fresh(Act::Sleep)
+        };
+        let save = |act, stage| Step::Save(act, stage);
+        let (asleep, taken) = settle(Power::Asleep, up);
+        assert_eq!((asleep.vm, asleep.memory), (Vm::Absent, true));
+        assert_eq!(
+            taken,
+            [
+                Step::Pause,
+                save(Act::Sleep, None),
+                save(Act::Sleep, Some(Stage::Attested)),
+                save(Act::Sleep, Some(Stage::Keyed)),
+                save(Act::Sleep, Some(Stage::Ready)),
+                save(Act::Sleep, Some(Stage::Written)),
+            ]
+        );
+        let wakes = Facts {
+            lease: Some(Act::Wake),
+            ..asleep
+        };
+        let (awake, taken) = settle(Power::Running, wakes);
+        assert_eq!((awake.vm, awake.memory), (Vm::Running, false));
+        assert_eq!(
+            taken,
+            [
+                Step::MemoryOpen,
+                Step::MemoryKey,
+                Step::MemoryGrant,
+                Step::DiskOpen,
+                Step::NetSet,
+                Step::KeyRelease,
+                Step::DiskGrant,
+                Step::Attach,
+            ]
+        );
+        // A start from the disk makes the memory stale: it goes first.
+        let starts = Facts {
+            lease: Some(Act::Start),
+            ..asleep
+        };
+        let (_, taken) = settle(Power::Running, starts);
+        assert_eq!(taken[..2], [Step::Forget, Step::Claim]);
+    }
+
+    #[test]
+    fn a_snapshot_copies_the_disk_before_memory_and_leaves_what_was_wanted() {
+        for (power, last, vm) in [
+            (Power::Running, Step::Resume, Vm::Running),
+            (Power::Stopped, Step::Close, Vm::Absent),
+        ] {
+            let up = Facts {
+                vm: Vm::Running,
+                ..fresh(Act::Snapshot)
+            };
+            let (end, taken) = settle(power, up);
+            assert_eq!((end.vm, taken.last()), (vm, Some(&last)));
+            let saves = taken.iter().filter(|s| matches!(s, Step::Save(..)));
+            assert_eq!(saves.count(), 8, "{taken:?}");
+            assert_eq!(taken[..2], [Step::Pause, Step::Save(Act::Snapshot, None)]);
+        }
+        let up = Facts {
+            vm: Vm::Running,
+            ..fresh(Act::Snapshot)
+        };
+        assert_eq!(settle(Power::Paused, up).0.vm, Vm::Paused);
+    }
+
     proptest! {
         #[test]
         fn every_wish_comes_to_rest(f in facts(), p in 0..POWERS.len()) {
             let power = POWERS[p];
             let (end, taken) = settle(power, f);
+            let is_up = matches!(end.vm, Vm::Running | Vm::Paused);
             match power {
                 Power::Deleted => prop_assert!(end.vm == Vm::Absent && end.erased),
-                Power::Stopped => prop_assert_eq!(end.vm, Vm::Absent),
+                Power::Stopped => prop_assert!(end.vm == Vm::Absent && !end.memory),
                 _ if end.vm == Vm::Attested => prop_assert!(!f.provisioned),
                 Power::Running => prop_assert!(
                     matches!(end.vm, Vm::Running | Vm::Absent) || (end.vm == Vm::Paused && f.refused)),
                 Power::Paused => prop_assert!(
                     matches!(end.vm, Vm::Paused | Vm::Absent) || (end.vm == Vm::Running && f.refused)),
+                // What can't be saved goes on as it was.
+                Power::Asleep => prop_assert!(end.vm == Vm::Absent || is_up),
             }
             // A guest never runs behind rules that are not the wanted ones.
-            if matches!(end.vm, Vm::Running | Vm::Paused) {
-                prop_assert!(end.net_current);
+            if is_up {
+                prop_assert!(end.net_current && end.saving.is_none());
             }
             let at = |s| taken.iter().position(|t| *t == s);
             if let Some(attach) = at(Step::Attach) {
-                prop_assert!(f.net_current && !taken.contains(&Step::Claim) || at(Step::NetSet).unwrap() < attach);
+                let own = taken.contains(&Step::Claim) || taken.contains(&Step::MemoryGrant);
+                prop_assert!(f.net_current && !own || at(Step::NetSet).unwrap() < attach);
             }
             // And no key is asked for that is not made.
             prop_assert!(f.provisioned || !taken.contains(&Step::KeyRelease));
+            // A slot is taken once, and memory that is there is never passed over in silence.
+            let claims = |s: &&Step| matches!(s, Step::Claim | Step::MemoryOpen);
+            prop_assert!(taken.iter().filter(claims).count() <= 1);
+            if f.memory && taken.contains(&Step::Claim) {
+                prop_assert!(at(Step::Forget) < at(Step::Claim));
+            }
         }
 
         #[test]
         fn failures_at_any_steps_still_come_to_rest(
-            f in facts(), p in 0..POWERS.len(), fails in proptest::collection::vec(any::<bool>(), 8),
+            f in facts(), p in 0..POWERS.len(), fails in proptest::collection::vec(any::<bool>(), 12),
         ) {
             let power = POWERS[p];
             let mut f = f;
@@ -270,10 +516,46 @@ mod tests {
             settle(power, f);
         }
 
+        /// Whatever fails on the way, saved memory stays until its disk is granted, a start from the
+        /// disk was asked for, or the owner stops or deletes.
+        #[test]
+        fn memory_is_never_lost_by_a_failure(
+            wakes: bool, fails in proptest::collection::vec(any::<bool>(), 12),
+        ) {
+            let mut f = Facts { memory: true, ..fresh(Act::Wake) };
+            let power = if wakes { Power::Running } else { Power::Asleep };
+            let mut granted = false;
+            for fail in fails {
+                let step = next(power, &f);
+                granted |= step == Step::DiskGrant && !fail;
+                f = if fail { broken(step, f) } else { done(step, f) };
+                prop_assert!(f.memory || granted);
+            }
+        }
+
+        /// A save that fails anywhere leaves a guest that goes on.
+        #[test]
+        fn a_failed_save_leaves_a_running_guest(
+            snapshot: bool, at in 0_usize..8,
+        ) {
+            let act = if snapshot { Act::Snapshot } else { Act::Sleep };
+            let power = if snapshot { Power::Running } else { Power::Asleep };
+            let mut f = Facts { vm: Vm::Running, ..fresh(act) };
+            for _ in 0..=at {
+                f = done(next(power, &f), f);
+            }
+            let step = next(power, &f);
+            if matches!(step, Step::Save(..)) {
+                let (end, taken) = settle(power, broken(step, f));
+                prop_assert_eq!(end.vm, Vm::Running);
+                prop_assert!(!taken.iter().any(|s| matches!(s, Step::Save(..) | Step::Close)));
+            }
+        }
+
         #[test]
         fn nothing_starts_without_a_lease(f in facts(), p in 0..POWERS.len()) {
-            let f = Facts { lease_usable: false, vm: Vm::Absent, ..f };
-            prop_assert!(matches!(next(POWERS[p], &f), Step::Rest | Step::Erase));
+            let f = Facts { lease: None, vm: Vm::Absent, ..f };
+            prop_assert!(matches!(next(POWERS[p], &f), Step::Rest | Step::Erase | Step::Forget));
         }
 
         #[test]

@@ -3,15 +3,15 @@
 //! Must never carry a path, a command or a key: ids and numbers, and ciphertext it can't open.
 
 use crate::limits::{
-    ATTACH_CALL_MAX, ATTACH_WAIT_MS, GRANT_CALL_MAX, PREPARE_CALL_MAX, SHUTDOWN_CALL_MAX,
-    SHUTDOWN_GRACE_MS, SLOT_CALL_MAX, TEMPLATE_CALL_MAX,
+    ATTACH_CALL_MAX, ATTACH_WAIT_MS, GRANT_CALL_MAX, PREPARE_CALL_MAX, SAVE_CALL_MAX,
+    SHUTDOWN_CALL_MAX, SHUTDOWN_GRACE_MS, SLOT_CALL_MAX, TEMPLATE_CALL_MAX,
 };
-use api::agent::{Attach, Up};
+use api::agent::{Attach, Up, Wake};
 use api::audit::Lease;
 use api::host::Desired;
 use api::rpc::Client;
 use api::{kms, vmctl, warden};
-use model::WorkspaceId;
+use model::{Purpose, WorkspaceId};
 use service::paths::Paths;
 use std::path::PathBuf;
 
@@ -76,18 +76,19 @@ impl Peers {
         slot: u16,
         lease: &Lease,
         desired: &Desired,
+        from: Option<WorkspaceId>,
     ) -> api::Result<warden::DiskOpened> {
         let op = warden::Op::DiskOpen {
             slot,
             workspace: desired.workspace.clone(),
             start_id: lease.start_id.clone(),
-            purpose: lease.purpose,
+            purpose: Purpose::Disk,
             nonce: lease.nonce.clone(),
             disk_mb: desired.resources.disk_size_mb,
             bytes_per_s: desired.disk_bytes_per_s,
             ops_per_s: desired.disk_ops_per_s,
             pids: desired.pids,
-            from: None,
+            from,
         };
         self.warden
             .call_within(lease.start_id.as_str(), &op, GRANT_CALL_MAX)
@@ -107,16 +108,120 @@ impl Peers {
         self.kms.call(lease.start_id.as_str(), &op).await
     }
 
-    pub(crate) async fn disk_grant(&self, slot: u16, key: kms::Released) -> api::Result<bool> {
+    pub(crate) async fn disk_grant(
+        &self,
+        slot: u16,
+        key: kms::Released,
+        from: Option<kms::Released>,
+    ) -> api::Result<bool> {
+        // A copy is made before the answer.
+        let within = if from.is_some() {
+            SAVE_CALL_MAX
+        } else {
+            GRANT_CALL_MAX
+        };
         let op = warden::Op::DiskGrant {
             slot,
             sealed: key.sealed,
             aad: key.aad,
-            from: None,
+            from: from.map(|k| warden::Sealed {
+                sealed: k.sealed,
+                aad: k.aad,
+            }),
+        };
+        self.warden.call_within("internal:host", &op, within).await
+    }
+
+    pub(crate) async fn copy_open(
+        &self,
+        slot: u16,
+        lease: &Lease,
+    ) -> api::Result<warden::Attested> {
+        let op = warden::Op::SnapshotDiskOpen {
+            slot,
+            start_id: lease.start_id.clone(),
+            nonce: lease.nonce.clone(),
+        };
+        self.warden
+            .call_within(lease.start_id.as_str(), &op, GRANT_CALL_MAX)
+            .await
+    }
+
+    pub(crate) async fn copy_grant(&self, slot: u16, key: kms::Released) -> api::Result<bool> {
+        let op = warden::Op::SnapshotDiskGrant {
+            slot,
+            sealed: key.sealed,
+            aad: key.aad,
+        };
+        self.warden
+            .call_within("internal:host", &op, SAVE_CALL_MAX)
+            .await
+    }
+
+    pub(crate) async fn memory_open(
+        &self,
+        slot: u16,
+        lease: &Lease,
+        purpose: Purpose,
+        save: bool,
+    ) -> api::Result<warden::Attested> {
+        let op = warden::Op::MemoryOpen {
+            slot,
+            workspace: lease.workspace.clone(),
+            start_id: lease.start_id.clone(),
+            purpose,
+            nonce: lease.nonce.clone(),
+            save,
+        };
+        self.warden
+            .call_within(lease.start_id.as_str(), &op, GRANT_CALL_MAX)
+            .await
+    }
+
+    pub(crate) async fn memory_grant(
+        &self,
+        slot: u16,
+        key: kms::Released,
+    ) -> api::Result<warden::Memory> {
+        let op = warden::Op::MemoryGrant {
+            slot,
+            sealed: key.sealed,
+            aad: key.aad,
         };
         self.warden
             .call_within("internal:host", &op, GRANT_CALL_MAX)
             .await
+    }
+
+    pub(crate) async fn memory_end(&self, slot: u16, end: warden::MemoryEnd) -> api::Result<bool> {
+        let op = warden::Op::MemoryEnd { slot, end };
+        self.warden
+            .call_within("internal:host", &op, SLOT_CALL_MAX)
+            .await
+    }
+
+    pub(crate) async fn object_erase(
+        &self,
+        workspace: &WorkspaceId,
+        purpose: Purpose,
+    ) -> api::Result<bool> {
+        let op = warden::Op::ObjectErase {
+            workspace: workspace.clone(),
+            purpose,
+        };
+        self.warden
+            .call_within("internal:host", &op, SLOT_CALL_MAX)
+            .await
+    }
+
+    pub(crate) async fn objects(
+        &self,
+        workspace: &WorkspaceId,
+    ) -> api::Result<Vec<warden::Object>> {
+        let op = warden::Op::Objects {
+            workspace: workspace.clone(),
+        };
+        self.warden.call("internal:host", &op).await
     }
 
     pub(crate) async fn net_set(
@@ -174,6 +279,22 @@ impl Peers {
         };
         self.vm(slot)
             .call_within("internal:host", &op, ATTACH_CALL_MAX)
+            .await
+    }
+
+    pub(crate) async fn vm_wake(&self, slot: u16, wake: Wake) -> api::Result<Up> {
+        let op = vmctl::Op::Wake {
+            wake: Box::new(wake),
+            wait_ms: ATTACH_WAIT_MS,
+        };
+        self.vm(slot)
+            .call_within("internal:host", &op, ATTACH_CALL_MAX)
+            .await
+    }
+
+    pub(crate) async fn vm_memory_save(&self, slot: u16) -> api::Result<vmctl::Status> {
+        self.vm(slot)
+            .call_within("internal:host", &vmctl::Op::MemorySave, SAVE_CALL_MAX)
             .await
     }
 

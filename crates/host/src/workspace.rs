@@ -8,15 +8,16 @@ use crate::desired::Store;
 use crate::feed::Feed;
 use crate::fleet::{Fleet, Shape, Spare};
 use crate::limits::RETRY_AFTER;
-use crate::machine::{self, Facts, Step, Vm};
+use crate::machine::{self, Act, Facts, Step, Vm};
 use crate::peers::Peers;
-use api::agent::Attach;
+use crate::save::{self, Saving, Waking};
+use api::agent::{Attach, Wake};
 use api::audit::Lease;
 use api::host::{Actual, ActualState, Desired};
 use api::warden::{NetRates, Open, Source};
 use api::{Error, ErrorCode};
 use model::limits::PORT_AGENT_TLS;
-use model::{Power, StartId, WorkspaceId};
+use model::{ObjectId, Power, Purpose, StartId, WorkspaceId};
 use service::clock::Clock;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -90,25 +91,41 @@ pub enum Found {
 
 /// The task.
 pub struct Workspace {
-    id: WorkspaceId,
-    shared: Arc<Shared>,
+    pub(crate) id: WorkspaceId,
+    pub(crate) shared: Arc<Shared>,
     desired: watch::Receiver<Arc<Desired>>,
     gone: watch::Receiver<Option<Gone>>,
     place: Arc<Mutex<Option<Place>>>,
-    vm: Vm,
-    spare: Option<Spare>,
-    start_id: Option<StartId>,
+    pub(crate) vm: Vm,
+    pub(crate) spare: Option<Spare>,
+    pub(crate) start_id: Option<StartId>,
     attestation: Option<String>,
-    released: Option<api::kms::Released>,
-    net: Option<(Vec<Open>, NetRates)>,
+    /// The same for the disk that this one begins as a copy of.
+    copy_attestation: Option<String>,
+    released: Option<(api::kms::Released, Option<api::kms::Released>)>,
+    pub(crate) net: Option<(Vec<Open>, NetRates)>,
     since_ms: Option<u64>,
-    /// The last start whose lease is used up.
-    spent: Option<StartId>,
+    /// The last act whose lease is used up.
+    pub(crate) spent: Option<StartId>,
     /// The generation for which the VM refused to pause or resume.
     refused: Option<u64>,
+    /// The generation for which it could not be saved.
+    unsaved: Option<u64>,
+    /// What is being saved.
+    pub(crate) saving: Option<Saving>,
+    /// What was being saved may be held by warden yet.
+    pub(crate) undropped: bool,
+    /// The saved memory that its VM comes up from.
+    pub(crate) waking: Option<Waking>,
+    /// Its memory is saved here.
+    pub(crate) memory: bool,
+    /// Whether that is known.
+    looked: bool,
+    /// The last snapshot.
+    pub(crate) snapshot: Option<ObjectId>,
     erased: bool,
-    crashed: bool,
-    error: Option<Error>,
+    pub(crate) crashed: bool,
+    pub(crate) error: Option<Error>,
 }
 
 impl Workspace {
@@ -129,11 +146,19 @@ impl Workspace {
             spare: None,
             start_id: None,
             attestation: None,
+            copy_attestation: None,
             released: None,
             net: None,
             since_ms: None,
             spent: None,
             refused: None,
+            unsaved: None,
+            saving: None,
+            undropped: false,
+            waking: None,
+            memory: false,
+            looked: false,
+            snapshot: None,
             erased: false,
             crashed: false,
             error: None,
@@ -150,6 +175,9 @@ impl Workspace {
     /// Brings the workspace to what is wanted and keeps it there; ends when it is deleted, or
     /// when its handle is dropped.
     pub async fn run(mut self) {
+        if !self.look().await {
+            return;
+        }
         loop {
             let desired = Arc::clone(&self.desired.borrow_and_update());
             let step = machine::next(desired.power, &self.facts(&desired));
@@ -174,9 +202,33 @@ impl Workspace {
         }
     }
 
+    /// Finds out whether its memory is saved here; `false` when nobody is left to wish.
+    async fn look(&mut self) -> bool {
+        while !self.looked {
+            match self.memory_look().await {
+                Ok(memory) => {
+                    self.memory = memory;
+                    self.looked = true;
+                }
+                Err(e) => {
+                    tracing::warn!(workspace = %self.id, error = %e, detail = e.detail, "look for memory");
+                    if !self.pause().await {
+                        return false;
+                    }
+                }
+            }
+        }
+        // The host process before this one may have been at a save.
+        self.vm != Vm::Paused || self.save_drop().await.is_ok()
+    }
+
     fn adopt(&mut self, found: Found) {
         match found {
-            Found::New => return,
+            Found::New => {
+                // A first start has nothing here to look for.
+                self.looked = self.desired.borrow().start.is_some();
+                return;
+            }
             Found::Nothing => {}
             Found::Up {
                 spare,
@@ -187,6 +239,7 @@ impl Workspace {
                 self.spare = Some(spare);
                 self.start_id = Some(start_id);
                 self.since_ms = Some(self.shared.clock.now_ms());
+                self.looked = true;
                 self.place_set(true);
             }
             Found::Remains(spare) => {
@@ -206,21 +259,37 @@ impl Workspace {
     fn facts(&self, desired: &Desired) -> Facts {
         Facts {
             vm: self.vm,
+            saving: self.saving.as_ref().map(|s| (s.act, s.stage)),
             net_current: self.net.as_ref() == Some(&rules(desired)),
-            lease_usable: self.lease(desired).is_some(),
+            lease: self.lease(desired).map(|(lease, _)| save::act_of(lease)),
             provisioned: !desired.token_state.is_empty(),
             erased: self.erased,
+            memory: self.memory,
             refused: self.refused == Some(desired.generation),
+            unsaved: self.unsaved == Some(desired.generation),
         }
     }
 
     /// The lease and its receipt, if they were not used and are not over.
-    fn lease<'a>(&self, desired: &'a Desired) -> Option<(&'a Lease, &'a serde_json::Value)> {
+    pub(crate) fn lease<'a>(
+        &self,
+        desired: &'a Desired,
+    ) -> Option<(&'a Lease, &'a serde_json::Value)> {
         let (lease, receipt) = (desired.start.as_ref()?, desired.lease.as_ref()?);
         let fresh = self.spent.as_ref() != Some(&lease.start_id)
             && lease.workspace == self.id
             && lease.exp_ms > self.shared.clock.now_ms();
         fresh.then_some((lease, receipt))
+    }
+
+    /// The lease of the start that is under way.
+    pub(crate) fn lease_of_start<'a>(
+        &self,
+        desired: &'a Desired,
+    ) -> api::Result<(&'a Lease, &'a serde_json::Value)> {
+        self.lease(desired)
+            .filter(|(l, _)| Some(&l.start_id) == self.start_id.as_ref())
+            .ok_or_else(no_lease)
     }
 
     /// Waits for a new wish or for the VM to go away; `false` when nobody is left to wish.
@@ -252,30 +321,41 @@ impl Workspace {
                 (self.net, self.vm) = (None, Vm::Claimed);
                 self.start_id = Some(start_id);
             }
+            Step::MemoryOpen => self.memory_open(desired).await?,
+            Step::MemoryKey => self.memory_key(desired).await?,
+            Step::MemoryGrant => self.memory_grant(desired).await?,
             Step::DiskOpen => {
-                let (lease, _) = self.lease(desired).ok_or_else(no_lease)?;
-                // A new lease may have come since the claim.
+                let (lease, _) = match &self.waking {
+                    // Memory and disk under one lease.
+                    Some(_) => self.lease_of_start(desired)?,
+                    // A new lease may have come since the claim.
+                    None => self.lease(desired).ok_or_else(no_lease)?,
+                };
                 let start_id = lease.start_id.clone();
-                let opened = peers.disk_open(self.slot()?, lease, desired).await?;
+                let from = save::copied_from(lease);
+                let opened = peers.disk_open(self.slot()?, lease, desired, from).await?;
                 self.attestation = Some(opened.attestation);
+                self.copy_attestation = opened.from;
                 self.vm = Vm::Attested;
                 self.start_id = Some(start_id);
                 self.place_set(false);
             }
             Step::KeyRelease => {
-                let (lease, receipt) = self
-                    .lease(desired)
-                    .filter(|(l, _)| Some(&l.start_id) == self.start_id.as_ref())
-                    .ok_or_else(no_lease)?;
+                let (lease, receipt) = self.lease_of_start(desired)?;
                 let attestation = self.attestation.as_deref().unwrap_or_default();
                 let key = peers.key_release(lease, receipt, attestation).await?;
+                let copy = match &self.copy_attestation {
+                    Some(a) => Some(peers.key_release(lease, receipt, a).await?),
+                    None => None,
+                };
                 self.spent = Some(lease.start_id.clone());
-                self.released = Some(key);
+                self.released = Some((key, copy));
                 self.vm = Vm::Keyed;
             }
             Step::DiskGrant => {
-                let key = self.released.take().ok_or_else(no_lease)?;
-                peers.disk_grant(self.slot()?, key).await?;
+                let (key, copy) = self.released.take().ok_or_else(no_lease)?;
+                peers.disk_grant(self.slot()?, key, copy).await?;
+                self.memory_used();
                 self.vm = Vm::DiskIn;
             }
             Step::NetSet => {
@@ -293,6 +373,12 @@ impl Workspace {
                 self.vm = Vm::Running;
                 shared.activity.note(&self.id);
             }
+            Step::Save(act, stage) => self.save(act, stage, desired).await?,
+            Step::SaveDrop => self.save_drop().await?,
+            Step::Forget => {
+                peers.object_erase(&self.id, Purpose::Memory).await?;
+                self.memory = false;
+            }
             Step::Shutdown => {
                 // Whatever comes of it, the VM is closed next.
                 if let Err(e) = peers.vm_shutdown(self.slot()?).await {
@@ -301,19 +387,15 @@ impl Workspace {
                 self.vm = Vm::Down;
             }
             Step::Close => {
-                self.place_clear();
-                if let Some(spare) = &self.spare {
-                    shared.fleet.close(spare.slot).await?;
+                // Whether a save that was at its end came to it, only warden knows.
+                let unsure = self.saving.as_ref().is_some_and(|s| s.act == Act::Sleep);
+                self.closed().await?;
+                if unsure {
+                    self.memory = self.memory_look().await?;
                 }
-                self.vm = Vm::Absent;
-                self.spare = None;
-                self.start_id = None;
-                self.attestation = None;
-                self.released = None;
-                self.net = None;
-                self.since_ms = None;
             }
             Step::Erase => {
+                save::erase(&shared, &self.id).await?;
                 peers.disk_erase(&self.id).await?;
                 let (store, id) = (shared.store.clone(), self.id.clone());
                 blocking(move || store.remove(&id)).await?;
@@ -324,16 +406,52 @@ impl Workspace {
         Ok(())
     }
 
+    /// Closes the slot, and forgets everything of the VM.
+    pub(crate) async fn closed(&mut self) -> api::Result<()> {
+        self.place_clear();
+        if let Some(spare) = &self.spare {
+            self.shared.fleet.close(spare.slot).await?;
+        }
+        self.vm = Vm::Absent;
+        self.spare = None;
+        self.start_id = None;
+        (self.attestation, self.copy_attestation) = (None, None);
+        self.released = None;
+        (self.saving, self.waking) = (None, None);
+        self.undropped = false;
+        self.net = None;
+        self.since_ms = None;
+        Ok(())
+    }
+
     /// Continues the guest; given up at once when it is no longer wanted.
     async fn attach(&mut self, desired: &Desired) -> api::Result<()> {
         let spare = self.spare.as_ref().ok_or_else(lost)?;
-        let attach = Attach {
-            time_unix_ns: self.shared.clock.now_ms().saturating_mul(1_000_000),
-            config: desired.config.clone(),
-            token_state: desired.token_state.clone(),
-            ip: spare.net.ip.clone(),
-            prefix: spare.net.prefix,
-            gateway: spare.net.gateway.clone(),
+        let time_unix_ns = self.shared.clock.now_ms().saturating_mul(1_000_000);
+        let token_state = desired.token_state.clone();
+        let net = spare.net.clone();
+        let (ip, prefix, gateway) = (net.ip, net.prefix, net.gateway);
+        let up = async {
+            let peers = &self.shared.peers;
+            if self.waking.is_some() {
+                let wake = Wake {
+                    time_unix_ns,
+                    token_state,
+                    ip,
+                    prefix,
+                    gateway,
+                };
+                return peers.vm_wake(spare.slot, wake).await;
+            }
+            let attach = Attach {
+                time_unix_ns,
+                config: desired.config.clone(),
+                token_state,
+                ip,
+                prefix,
+                gateway,
+            };
+            peers.vm_attach(spare.slot, attach).await
         };
         let mut wish = self.desired.clone();
         let unwanted = wish.wait_for(|d| matches!(d.power, Power::Stopped | Power::Deleted));
@@ -343,7 +461,7 @@ impl Workspace {
             g.as_ref().map(|g| &g.start_id) == start_id.as_ref() && start_id.is_some()
         });
         tokio::select! {
-            up = self.shared.peers.vm_attach(spare.slot, attach) => {
+            up = up => {
                 let up = up?;
                 tracing::info!(workspace = %self.id, start = ?self.start_id, kernel = %clip(&up.kernel), from = spare.from, "up");
             }
@@ -353,6 +471,7 @@ impl Workspace {
             _ = died => return Err(lost()),
         }
         self.vm = Vm::Running;
+        self.waking = None;
         self.shared.activity.note(&self.id);
         self.since_ms = Some(self.shared.clock.now_ms());
         self.place_set(true);
@@ -370,11 +489,16 @@ impl Workspace {
                 self.refused = Some(desired.generation);
                 self.error = Some(e);
             }
-            Step::Close | Step::Erase => return self.pause().await,
+            Step::Close | Step::Erase | Step::Forget => return self.pause().await,
+            // What was begun is dropped next, and the guest goes on.
+            Step::Save(..) => {
+                self.unsaved = Some(desired.generation);
+                self.error = Some(e);
+            }
             Step::NetSet if matches!(self.vm, Vm::Running | Vm::Paused) => {
                 return self.pause().await;
             }
-            Step::Claim => {
+            Step::Claim | Step::MemoryOpen => {
                 self.spent = desired.start.as_ref().map(|l| l.start_id.clone());
                 self.error = Some(e);
             }
@@ -397,8 +521,15 @@ impl Workspace {
 
     fn publish(&mut self, desired: &Desired, step: Step) {
         let state = match (step, self.vm) {
-            (Step::NetSet | Step::Pause | Step::Resume, Vm::Running | Vm::Paused) => return,
-            (Step::Shutdown | Step::Close | Step::Erase, _) => ActualState::Stopping,
+            // A snapshot is news when it is there.
+            (
+                Step::NetSet | Step::Pause | Step::Resume | Step::SaveDrop,
+                Vm::Running | Vm::Paused,
+            )
+            | (Step::Save(Act::Snapshot, _), _) => return,
+            (Step::Shutdown | Step::Close | Step::Erase | Step::Save(..), _) => {
+                ActualState::Stopping
+            }
             (Step::Rest, Vm::Running) => ActualState::Running,
             (Step::Rest, Vm::Paused) => ActualState::Paused,
             (Step::Rest, Vm::Attested) => ActualState::Starting,
@@ -407,6 +538,10 @@ impl Workspace {
                 Power::Stopped => {
                     (self.crashed, self.error) = (false, None);
                     ActualState::Stopped
+                }
+                Power::Asleep if self.memory => {
+                    (self.crashed, self.error) = (false, None);
+                    ActualState::Asleep
                 }
                 _ if self.crashed => ActualState::Crashed,
                 _ => {
@@ -431,15 +566,19 @@ impl Workspace {
             public_access: desired.public_access,
             since_ms: self.since_ms.filter(|_| up),
             started_from: spare.map(|s| s.from.to_owned()),
+            memory: self.memory,
+            wakes: desired.wakes,
+            wanted: false,
+            snapshot: self.snapshot.clone(),
             error: self.error.clone(),
         });
     }
 
-    fn slot(&self) -> api::Result<u16> {
+    pub(crate) fn slot(&self) -> api::Result<u16> {
         self.spare.as_ref().map(|s| s.slot).ok_or_else(lost)
     }
 
-    fn place_set(&self, up: bool) {
+    pub(crate) fn place_set(&self, up: bool) {
         let place = match (&self.spare, &self.start_id) {
             (Some(spare), Some(start_id)) => Some(Place {
                 slot: spare.slot,
@@ -486,14 +625,14 @@ fn shape(desired: &Desired) -> Shape {
     }
 }
 
-fn no_lease() -> Error {
+pub(crate) fn no_lease() -> Error {
     Error::new(
         ErrorCode::VmUnavailable,
         "the start's permission ran out before the workspace was up; start it again",
     )
 }
 
-fn lost() -> Error {
+pub(crate) fn lost() -> Error {
     Error::new(
         ErrorCode::VmUnavailable,
         "the workspace's VM went away; start it again",

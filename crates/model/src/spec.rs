@@ -21,6 +21,8 @@ pub enum Power {
     Running,
     /// A VM holds its memory and uses no CPU.
     Paused,
+    /// No VM; disk and memory are ciphertext.
+    Asleep,
     /// No VM; the disk is ciphertext.
     Stopped,
     /// Nothing of it is left.

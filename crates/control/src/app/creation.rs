@@ -26,6 +26,8 @@ use std::sync::Arc;
 /// A start's permission: the lease, and the log's receipt for the intent that holds it.
 #[derive(Clone, Copy)]
 pub struct Permit<'a> {
+    /// The log's receipt for the intent that makes the key.
+    pub create: &'a Value,
     /// The lease.
     pub lease: &'a Lease,
     /// The receipt.
@@ -126,7 +128,7 @@ async fn provision(
     wait_ms: u64,
 ) -> api::Result<Seen> {
     let begin = timed(op, "begin", host_begin(app, op, w, permit));
-    let (_, tokens) = tokio::join!(begin, tokens(app, op, w, permit.receipt));
+    let (_, tokens) = tokio::join!(begin, tokens(app, op, w, permit.create));
     let known = match tokens {
         Ok(token_state) => {
             let mut w = w.clone();

@@ -12,6 +12,8 @@ pub mod power;
 pub mod removal;
 pub mod resources;
 pub mod runtime_access;
+pub mod sleep;
+pub mod snapshot;
 pub mod standing;
 pub mod stats;
 pub mod workspace;
@@ -26,7 +28,7 @@ use api::host::{Actual, ActualState, Desired, Info};
 use api::rpc::Client;
 use api::warden::NetRates;
 use api::{Error, ErrorCode};
-use model::{HostId, Purpose, StartId, WorkspaceId};
+use model::{HostId, Purpose, Resources, StartId, WorkspaceId};
 use seal::sign::{Signed, VerifyingKey};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -245,7 +247,7 @@ impl App {
             generation: w.generation,
             power: w.doc.power,
             image: w.doc.image_id.clone(),
-            resources: w.doc.resources,
+            resources: size(w, lease.map(|(lease, _)| lease)),
             disk_bytes_per_s: self.config.limits.disk_bytes_per_s,
             disk_ops_per_s: self.config.limits.disk_ops_per_s,
             net_rates: NetRates {
@@ -256,6 +258,7 @@ impl App {
             config: w.doc.config.clone(),
             public_access: w.doc.public_access,
             ingress_ports: w.doc.ingress_ports.clone(),
+            wakes: sleep::wakes(w),
             lease: lease.map(|(_, receipt)| receipt.clone()),
             start: lease.map(|(lease, _)| lease.clone()),
             token_state: w.doc.token_state.clone(),
@@ -286,6 +289,17 @@ impl App {
             object: None,
             also: Vec::new(),
         }
+    }
+}
+
+/// The size of the VM that is wanted: one that comes up from memory has the size that it had.
+fn size(w: &Workspace, lease: Option<&Lease>) -> Resources {
+    let from_memory =
+        |o: &api::audit::Object| matches!(o.purpose, Purpose::Memory | Purpose::SnapshotMemory);
+    let wakes = lease.is_some_and(|l| l.purpose == Purpose::Disk && l.also.iter().any(from_memory));
+    match w.doc.life.resources_running {
+        Some(running) if wakes => running,
+        _ => w.doc.resources,
     }
 }
 

@@ -1,5 +1,6 @@
-//! Power: start, stop, restart, pause, resume.
+//! Power: start, stop, restart, pause, resume. Sleep and wake are in [`super::sleep`].
 
+use super::sleep::{sleeps, wake};
 use super::workspace::{Seen, ready, workspace_for_act, workspace_get};
 use super::{App, start_error};
 use crate::audit::Act;
@@ -13,16 +14,23 @@ use model::Power;
 use serde_json::Value;
 use std::sync::Arc;
 
-/// Starts a workspace; one that runs already is left alone, a paused one goes on.
+/// Starts a workspace; one that runs already is left alone, a paused one goes on, one that sleeps
+/// wakes. `force` starts one that sleeps from its disk: its memory is given up.
 ///
 /// # Errors
 /// Why it does not run.
-pub async fn workspace_start(app: &Arc<App>, op: &Op, name: &str) -> api::Result<Seen> {
+pub async fn workspace_start(
+    app: &Arc<App>,
+    op: &Op,
+    name: &str,
+    force: bool,
+) -> api::Result<Seen> {
     let (w, actual) = workspace_get(app, op, name).await?;
     ready(&w)?;
     match actual.as_ref().map(|a| a.state) {
         Some(ActualState::Running) if w.doc.power == Power::Running => Ok((w, actual)),
         Some(ActualState::Paused) => workspace_resume(app, op, name).await,
+        _ if !force && sleeps(&w, actual.as_ref()) => wake(app, op, &w, READY_WAIT_MS).await,
         _ => start(app, op, &w, READY_WAIT_MS).await,
     }
 }
@@ -170,7 +178,7 @@ async fn hold(app: &Arc<App>, op: &Op, name: &str, power: Power) -> api::Result<
     done
 }
 
-async fn start_with(
+pub(super) async fn start_with(
     app: &App,
     op: &Op,
     w: &Workspace,
@@ -188,7 +196,9 @@ async fn start_with(
             w.doc.restarts = 0;
             w.doc.last_error = None;
             w.doc.life.settle();
-            w.doc.life.resources_running = None;
+            if lease.also.is_empty() {
+                w.doc.life.resources_running = None;
+            }
             ttl_renew(&mut w.doc, now_ms);
             // A change of itself, so that host sees a newer generation.
             w.doc.updated_ms += 1;
@@ -206,7 +216,7 @@ async fn start_with(
 }
 
 /// Stops, as `change` notes it in the row, and waits for host's word.
-async fn stop_with(
+pub(super) async fn stop_with(
     app: &App,
     op: &Op,
     w: &Workspace,

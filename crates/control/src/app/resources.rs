@@ -91,7 +91,12 @@ pub async fn resources_update(
     app.audit.intent(op, &act).await?;
     let has_vm = matches!(
         state,
-        Some(ActualState::Starting | ActualState::Running | ActualState::Paused)
+        Some(
+            ActualState::Starting
+                | ActualState::Running
+                | ActualState::Paused
+                | ActualState::Asleep
+        )
     );
     let resized = app
         .store

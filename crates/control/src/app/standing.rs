@@ -14,7 +14,7 @@
 //! Must never use up a restart that was not tried, or stop what was used since.
 
 use super::workspace::ready;
-use super::{App, power, removal};
+use super::{App, power, removal, sleep};
 use crate::audit::Act;
 use crate::op::Op;
 use crate::store::Workspace;
@@ -47,6 +47,13 @@ pub async fn exited(app: &Arc<App>, w: &Workspace, actual: &Actual) -> api::Resu
     let op = Op::internal("exit");
     let act = Act::new("workspace.exited", &w.account, w.id.as_str());
     app.audit.fact(&op, &act, actual.error.as_ref()).await;
+    if let Some(why) = actual
+        .error
+        .as_ref()
+        .filter(|_| sleep::sleeps(w, Some(actual)))
+    {
+        return not_woken(app, w, why).await;
+    }
     // What was paused is not started for it: its owner did not want it to run now.
     let wanted = w.doc.power == Power::Running && w.doc.policy.is_some();
     let policy = if wanted {
@@ -83,6 +90,36 @@ pub async fn exited(app: &Arc<App>, w: &Workspace, actual: &Actual) -> api::Resu
         })
         .await?;
     // The next look tells host, and sees when the start is due.
+    app.wake.notify_one();
+    Ok(())
+}
+
+/// A wake failed and the memory is still there. It sleeps on, or, if that memory can never be woken
+/// and its restart policy says so, it is started from its disk; the row says why.
+async fn not_woken(app: &App, w: &Workspace, why: &Error) -> api::Result<()> {
+    let anew = sleep::never_wakes(why)
+        && w.doc.restart_policy != RestartPolicy::No
+        && w.doc.policy.is_some();
+    let now_ms = app.now_ms();
+    let said = if anew {
+        "its memory could not be woken, and it is started anew from its disk"
+    } else {
+        "its memory could not be woken; it sleeps on, and start with force gives that memory up"
+    };
+    let said = Error::new(why.code, format!("{said}: {}", why.message));
+    app.store
+        .workspace_update(w, now_ms, |row| {
+            unmoved(row, w)?;
+            row.doc.last_error = Some(said.clone());
+            if anew {
+                row.doc.life.restart_at_ms = Some(now_ms);
+            } else {
+                row.doc.power = Power::Asleep;
+                row.doc.life.settle();
+            }
+            Ok(())
+        })
+        .await?;
     app.wake.notify_one();
     Ok(())
 }
@@ -184,13 +221,32 @@ async fn disown(app: &App, w: &Workspace) -> api::Result<()> {
 /// # Errors
 /// What keeps its end from being brought about now.
 pub async fn expire(app: &Arc<App>, w: &Workspace) -> api::Result<()> {
-    if w.doc.ttl_action == TtlAction::Remove {
+    let action = w.doc.ttl_action;
+    if action == TtlAction::Remove {
         return removal::workspace_expire(app, w).await.map(drop);
     }
-    let pauses = w.doc.ttl_action == TtlAction::Pause && w.doc.power != Power::Stopped;
+    let actual = app.actual_known(&w.id);
+    let asleep = w.doc.power == Power::Asleep;
+    if action == TtlAction::Suspend {
+        if asleep
+            && actual
+                .as_ref()
+                .is_none_or(|a| a.state != ActualState::Asleep)
+        {
+            return Ok(()); // On its way; if it can't, it is stopped next.
+        }
+        let may = w.doc.life.sleep_failed_ms.is_none();
+        if may && is_up(w, actual.as_ref()) {
+            return sleep::standing_sleep(app, w).await;
+        }
+    }
+    let rests = asleep && action != TtlAction::Stop;
+    let pauses = action == TtlAction::Pause && w.doc.power != Power::Stopped;
     close(app, w, "workspace.expire", |row| {
         row.doc.ttl_expires_ms = None;
-        if pauses {
+        if rests {
+            // It keeps its memory and uses no CPU: all that was asked.
+        } else if pauses {
             row.doc.power = Power::Paused;
         } else {
             power::exit(row);
@@ -204,7 +260,11 @@ pub async fn expire(app: &Arc<App>, w: &Workspace) -> api::Result<()> {
 /// # Errors
 /// What keeps it from being stopped now.
 pub async fn idle_stop(app: &Arc<App>, w: &Workspace) -> api::Result<()> {
-    close(app, w, "workspace.idle_stop", power::exit).await
+    close(app, w, "workspace.idle_stop", |row| {
+        power::exit(row);
+        row.doc.life.idle_stopped = true;
+    })
+    .await
 }
 
 /// A closing act under the standing policy.

@@ -140,6 +140,7 @@ pub async fn workspace_create(app: &Arc<App>, op: &Op, spec: Spec) -> api::Resul
         READY_WAIT_POLLING_MS
     };
     let permit = Permit {
+        create: &receipt,
         lease: &lease,
         receipt: &receipt,
     };
@@ -181,10 +182,17 @@ pub async fn policy_sign(app: &App, op: &Op, w: &Workspace) -> api::Result<Optio
     if w.doc.remove_on_exit || w.doc.ttl_action == TtlAction::Remove {
         acts.push(PolicyAct::Expire);
     }
-    let ends =
-        w.doc.ttl_s.is_some() && matches!(w.doc.ttl_action, TtlAction::Stop | TtlAction::Pause);
-    if ends || w.doc.life.idle.is_some_and(|i| i.stop_after_s > 0) {
+    let idle = w.doc.life.idle;
+    let ends = w.doc.ttl_s.is_some() && w.doc.ttl_action != TtlAction::Remove;
+    if ends || idle.is_some_and(|i| i.stop_after_s > 0) {
         acts.push(PolicyAct::Stop);
+    }
+    let suspends = w.doc.ttl_s.is_some() && w.doc.ttl_action == TtlAction::Suspend;
+    if suspends || idle.is_some_and(|i| i.suspend_after_s > 0) {
+        acts.push(PolicyAct::Sleep);
+    }
+    if idle.is_some() {
+        acts.push(PolicyAct::Wake);
     }
     if acts.is_empty() {
         return Ok(None);

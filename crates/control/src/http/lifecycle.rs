@@ -1,6 +1,6 @@
 //! Lifecycle.
 
-use super::fields::{Fields, not_supported};
+use super::fields::Fields;
 use super::{Answer, Call, view};
 use crate::app::App;
 use crate::app::lifecycle::{Change, Ttl, lifecycle_update};
@@ -67,16 +67,12 @@ pub fn restart_policy(body: &Fields) -> api::Result<Option<RestartPolicy>> {
     body.one_of("restart_policy", RestartPolicy::VALUES)
 }
 
-/// `ttl_action`; suspending is not in this version.
+/// `ttl_action`.
 ///
 /// # Errors
 /// If it is none.
 pub fn ttl_action(body: &Fields) -> api::Result<Option<TtlAction>> {
-    let action = body.one_of("ttl_action", "stop, pause, suspend, remove")?;
-    if action == Some(TtlAction::Suspend) {
-        return Err(not_supported("ttl_action suspend"));
-    }
-    Ok(action)
+    body.one_of("ttl_action", "stop, pause, suspend, remove")
 }
 
 async fn change(app: Arc<App>, op: Arc<Op>, call: &Call, change: Change) -> api::Result<Answer> {

@@ -15,6 +15,7 @@ pub mod power;
 pub mod resources;
 pub mod runtime_access;
 mod serve;
+pub mod snapshot;
 pub mod view;
 pub mod workspace;
 

@@ -168,7 +168,7 @@ fn schemas() -> Value {
             "stop_after": off(STOP_AFTER_MIN_S),
         },
     });
-    let action = json!({ "enum": ["stop", "pause", "remove"] });
+    let action = json!({ "enum": ["stop", "pause", "suspend", "remove"] });
     json!({
         "Success": { "type": "object", "required": ["success"], "properties": { "success": { "const": true } } },
         "Error": {
@@ -243,6 +243,18 @@ fn schemas() -> Value {
             "type": "object",
             "properties": { "ttl": duration, "ttl_action": action, "remove_on_exit": { "type": "boolean" } },
         },
+        "Start": {
+            "type": "object",
+            "properties": { "force": {
+                "type": "boolean", "default": false,
+                "description": "Start what sleeps from its disk; its memory is given up",
+            } },
+        },
+        "Snapshot": {
+            "type": "object",
+            "properties": { "after": { "enum": ["resume", "pause", "stop"], "default": "resume" } },
+        },
+        "Fork": { "type": "object", "properties": { "name": name, "slug": slug } },
         "Ping": { "type": "object", "properties": { "ttl_seconds": duration } },
         "Network": {
             "type": "object",

@@ -3,7 +3,7 @@
 
 use super::{
     Answer, Answered, Call, Handler, lifecycle, network, openapi, power, resources, runtime_access,
-    workspace,
+    snapshot, workspace,
 };
 use crate::app::App;
 use crate::op::Op;
@@ -328,9 +328,45 @@ pub static OPERATIONS: &[Operation] = &[
         "POST",
         "/workspace/{ws}/start",
         Kind::Act,
-        "Start",
-        None,
+        "Start; wake, if it sleeps",
+        Some("Start"),
         |a, o, c| Box::pin(power::start(a, o, c)),
+    ),
+    operation(
+        "workspace_sleep",
+        "POST",
+        "/workspace/{ws}/sleep",
+        Kind::Act,
+        "Encrypt memory to disk and end the VM, until it is started or its gateway is asked for",
+        None,
+        |a, o, c| Box::pin(snapshot::sleep(a, o, c)),
+    ),
+    operation(
+        "snapshot_take",
+        "POST",
+        "/workspace/{ws}/snapshot",
+        Kind::Act,
+        "Keep memory and disk as they are, in the place of the snapshot before",
+        Some("Snapshot"),
+        |a, o, c| Box::pin(snapshot::take(a, o, c)),
+    ),
+    operation(
+        "snapshot_restore",
+        "POST",
+        "/workspace/{ws}/restore",
+        Kind::Act,
+        "Back to the snapshot: what runs ends, and its disk is as it was then",
+        None,
+        |a, o, c| Box::pin(snapshot::restore(a, o, c)),
+    ),
+    operation(
+        "workspace_fork",
+        "POST",
+        "/workspace/{ws}/fork",
+        Kind::Act,
+        "Make a new workspace from the snapshot's disk, with a key and an identity of its own",
+        Some("Fork"),
+        |a, o, c| Box::pin(snapshot::fork(a, o, c)),
     ),
     operation(
         "workspace_stop",
@@ -587,8 +623,6 @@ pub static UNSUPPORTED: &[Operation] = &[
     unsupported("POST", "/workspace/{ws}/ssh/disable"),
     unsupported("POST", "/workspace/{ws}/ssh/password"),
     unsupported("POST", "/workspace/{ws}/ssh/key"),
-    unsupported("POST", "/workspace/{ws}/snapshot"),
-    unsupported("POST", "/workspace/{ws}/restore"),
     unsupported("POST", "/workspace/{ws}/archives"),
     unsupported("GET", "/workspace/{ws}/archives"),
     unsupported("GET", "/workspace/{ws}/archives/{version}"),

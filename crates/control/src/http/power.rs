@@ -11,7 +11,8 @@ use std::sync::Arc;
 
 /// `POST /workspace/{ws}/start`
 pub async fn start(app: Arc<App>, op: Arc<Op>, call: Arc<Call>) -> api::Result<Answer> {
-    power::workspace_start(&app, &op, call.ws())
+    let force = call.body.flag("force")?.unwrap_or(false);
+    power::workspace_start(&app, &op, call.ws(), force)
         .await
         .map(|s| state(&s))
 }

@@ -29,7 +29,8 @@ pub fn workspace((w, actual): &Seen) -> Value {
         "info": {
             "status": status,
             "is_running": running,
-            "user_requested_stop": d.power == Power::Stopped && d.last_error.is_none(),
+            "asleep": is_asleep(actual.as_ref()),
+            "user_requested_stop": d.power == Power::Stopped && d.last_error.is_none() && !d.life.idle_stopped,
         },
         "provisioning": provisioning(w, actual.as_ref()),
         "lifecycle": {
@@ -51,7 +52,8 @@ pub fn workspace((w, actual): &Seen) -> Value {
     })
 }
 
-/// One of `running stopped paused creating starting stopping`.
+/// One of `running stopped paused creating starting stopping`. What sleeps is `stopped`, and
+/// `info.asleep` says the rest: a start wakes it.
 #[must_use]
 pub fn status(w: &Workspace, actual: Option<&Actual>) -> &'static str {
     match (w.doc.stage, actual.map(|a| a.state)) {
@@ -75,8 +77,12 @@ pub fn lifecycle((w, actual): &Seen, now_ms: u64) -> Value {
     let since = actual.as_ref().and_then(|a| a.since_ms);
     json!({
         "idle": idle(d.life.idle),
-        "snapshot_supported": false,
-        "snapshot_unavailable_reason": "this version saves no memory: a workspace stays awake until stop_after",
+        "snapshot_supported": true,
+        "snapshot_unavailable_reason": null,
+        "snapshot": snapshot(w),
+        "asleep": is_asleep(actual.as_ref()),
+        "asleep_since": is_asleep(actual.as_ref()).then(|| time(d.life.slept_ms)),
+        "wakes_on_request": crate::app::sleep::wakes(w),
         "mode": mode(d.mode),
         "status": status(w, actual.as_ref()),
         "restart_policy": d.restart_policy.word(),
@@ -91,6 +97,27 @@ pub fn lifecycle((w, actual): &Seen, now_ms: u64) -> Value {
         "pause_supported": true,
         "created_at": time(w.created_ms),
     })
+}
+
+/// The snapshot, if there is one.
+#[must_use]
+pub fn snapshot(w: &Workspace) -> Value {
+    let snapshot = w.doc.life.snapshot.as_ref();
+    match snapshot.and_then(|s| Some((s, s.taken_ms?))) {
+        None => Value::Null,
+        Some((s, taken_ms)) => json!({
+            "id": s.id,
+            "created_at": time(taken_ms),
+            "cpus": s.resources.cpus,
+            "memory_mb": s.resources.memory_mb,
+            "disk_size_mb": s.resources.disk_size_mb,
+        }),
+    }
+}
+
+/// Whether its memory is at rest.
+fn is_asleep(actual: Option<&Actual>) -> bool {
+    actual.is_some_and(|a| a.memory && a.state == ActualState::Asleep)
 }
 
 fn idle(idle: Option<Idle>) -> Value {

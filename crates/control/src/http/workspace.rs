@@ -124,6 +124,14 @@ pub async fn update(app: Arc<App>, op: Arc<Op>, call: Arc<Call>) -> api::Result<
     ))
 }
 
+/// The name and the slug of a workspace to be.
+///
+/// # Errors
+/// If one is out of its bounds.
+pub fn names(body: &Fields) -> api::Result<(Option<String>, Option<String>)> {
+    Ok((body.text_within("name", NAME_MAX_CHARS)?, slug(body)?))
+}
+
 /// What of the lifecycle a config merge names.
 fn several(body: &Fields, config: &Fields) -> api::Result<lifecycle::Several> {
     let mut ttl = super::lifecycle::ttl(config)?;

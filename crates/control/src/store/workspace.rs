@@ -4,7 +4,8 @@ use super::{Store, failed, to_i64, to_u64};
 use crate::limits::{CAS_ATTEMPTS_MAX, ROWS_MAX};
 use api::{Error, ErrorCode};
 use model::{
-    AccountId, HostId, Idle, Mode, Power, Resources, RestartPolicy, TtlAction, WorkspaceId,
+    AccountId, HostId, Idle, Mode, ObjectId, Power, Resources, RestartPolicy, TtlAction,
+    WorkspaceId,
 };
 use serde::{Deserialize, Serialize};
 use sqlx::Row as _;
@@ -111,8 +112,31 @@ pub struct Life {
     pub given_up: bool,
     /// It has ended and was to be removed then.
     pub remove_due: bool,
-    /// The size of the VM that runs, where another is wanted from the next start on.
+    /// The size of the VM that runs or sleeps, where another is wanted from the next start on.
     pub resources_running: Option<Resources>,
+    /// The last image of its memory; host says whether it is there.
+    pub memory: Option<ObjectId>,
+    /// When it was put to sleep last, ms since the epoch.
+    pub slept_ms: u64,
+    /// When a sleep failed last, ms since the epoch.
+    pub sleep_failed_ms: Option<u64>,
+    /// When a request at its gateway woke it last, ms since the epoch.
+    pub wake_tried_ms: u64,
+    /// It was stopped because nobody used it: a request at its gateway starts it.
+    pub idle_stopped: bool,
+    /// Its snapshot.
+    pub snapshot: Option<Snapshot>,
+}
+
+/// A snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// Its objects' id.
+    pub id: ObjectId,
+    /// When it was there, ms since the epoch; none: it was not taken to its end, and is none.
+    pub taken_ms: Option<u64>,
+    /// The size of what it is of.
+    pub resources: Resources,
 }
 
 impl Life {
@@ -120,6 +144,7 @@ impl Life {
     pub fn settle(&mut self) {
         (self.restart_at_ms, self.restart_generation) = (None, None);
         (self.given_up, self.remove_due) = (false, false);
+        self.idle_stopped = false;
     }
 }
 

@@ -4,7 +4,7 @@ use api::audit::{Appended, Class, Entry, Phase};
 use api::host::{Actual, ActualState, Changes, Desired, Image, Info};
 use api::mint::{Assertion, Policy, PolicyAct, TokenState};
 use api::{Error, ErrorCode, audit, context, host, kms, mint};
-use model::{AccountId, HostId, Power, WorkspaceId};
+use model::{AccountId, HostId, ObjectId, Power, Purpose, WorkspaceId};
 use seal::sign::{Signed, SigningKey};
 use serde_json::{Value, json};
 use service::paths::Paths;
@@ -32,7 +32,11 @@ pub struct State {
     pub failing: HashMap<&'static str, ErrorCode>,
     /// Operations after which no answer comes, by `process.op`.
     pub silent: Option<String>,
-    /// Starts that fail at host.
+    /// What sleeps, and the object that its memory is.
+    pub memory: BTreeMap<WorkspaceId, ObjectId>,
+    /// Snapshots.
+    pub snapshots: BTreeMap<WorkspaceId, ObjectId>,
+    /// Starts, sleeps and snapshots that fail at host.
     pub starts_fail: Option<Error>,
     pub starts: u32,
     /// Every operation asked, by `process.op`.
@@ -345,6 +349,7 @@ impl Doubles {
                 });
                 ok(&known.collect::<Vec<_>>())
             }
+            host::Op::Want { .. } => panic!("only the edge asks for that"),
             host::Op::List => panic!("control follows changes"),
         }
     }
@@ -361,9 +366,35 @@ impl Doubles {
         let since_ms = s.actual.get(&d.workspace).and_then(|(_, a)| a.since_ms);
         let up = matches!(before, Some(ActualState::Running | ActualState::Paused));
         let fails = s.starts_fail.clone();
+        let mut memory = s.memory.get(&d.workspace).cloned();
+        let mut snapshot = None;
+        if let (true, Some(receipt), Some(lease)) = (up, &d.lease, &d.start) {
+            let entry: Entry = serde_json::from_value(receipt["entry"].clone()).unwrap();
+            assert_eq!(entry.lease.as_ref(), Some(lease));
+            match lease.purpose {
+                Purpose::SnapshotDisk => {
+                    self.lease_authority(&entry)?;
+                    snapshot = lease.object.clone().filter(|_| fails.is_none());
+                    s.snapshots
+                        .extend(snapshot.clone().map(|id| (d.workspace.clone(), id)));
+                }
+                Purpose::Memory => {
+                    self.lease_authority(&entry)?;
+                    assert_eq!(d.power, Power::Asleep);
+                    memory = lease.object.clone().filter(|_| fails.is_none());
+                }
+                _ => {}
+            }
+        }
         let (state, error) = match d.power {
             Power::Deleted => (ActualState::Deleted, None),
-            Power::Stopped => (ActualState::Stopped, None),
+            Power::Stopped => {
+                memory = None;
+                (ActualState::Stopped, None)
+            }
+            Power::Asleep if memory.is_some() => (ActualState::Asleep, None),
+            Power::Asleep if up => (ActualState::Running, fails),
+            Power::Asleep => (ActualState::Crashed, None),
             Power::Paused if up => (ActualState::Paused, None),
             Power::Running if up => (ActualState::Running, None),
             _ if d.token_state.is_empty() => (ActualState::Starting, None),
@@ -376,6 +407,16 @@ impl Doubles {
                     let digest = hex::encode(seal::hash::sha256(d.config.as_bytes()));
                     assert_eq!(lease.config_digest, digest);
                     self.lease_authority(&entry)?;
+                    for o in &lease.also {
+                        let there = match o.purpose {
+                            Purpose::Memory => memory == o.id,
+                            _ => s.snapshots.get(&o.workspace) == o.id.as_ref(),
+                        };
+                        assert!(there, "{o:?} is not there");
+                    }
+                    if fails.is_none() {
+                        memory = None;
+                    }
                     match fails {
                         Some(e) => (ActualState::Failed, Some(e)),
                         None => (ActualState::Running, None),
@@ -404,11 +445,28 @@ impl Doubles {
             public_access: d.public_access,
             since_ms: running.then(|| since_ms.filter(|_| up).unwrap_or(s.now_ms)),
             started_from: running.then(|| "pool".into()),
+            memory: memory.is_some(),
+            wakes: d.wakes,
+            wanted: false,
+            snapshot,
             error,
+        };
+        match memory {
+            Some(id) => s.memory.insert(d.workspace.clone(), id),
+            None => s.memory.remove(&d.workspace),
         };
         s.desired.insert(d.workspace.clone(), d);
         self.publish(&mut s, actual.clone());
         Ok(actual)
+    }
+
+    /// Somebody asks at its gateway for a workspace that rests.
+    pub fn want(&self, id: &str) {
+        let mut s = self.state();
+        let mut actual = s.actual[&id.parse::<WorkspaceId>().unwrap()].1.clone();
+        assert!(actual.wakes, "the edge asks for what may wake only");
+        actual.wanted = true;
+        self.publish(&mut s, actual);
     }
 
     /// A workspace's VM goes away by itself.

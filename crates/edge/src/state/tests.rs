@@ -54,6 +54,10 @@ impl World {
             public_access,
             since_ms: None,
             started_from: None,
+            memory: false,
+            wakes: false,
+            wanted: false,
+            snapshot: None,
             error: None,
         };
         self.table.actual(actual, 1, false);
@@ -250,6 +254,10 @@ async fn an_older_answer_of_host_changes_nothing() {
         public_access: false,
         since_ms: None,
         started_from: None,
+        memory: false,
+        wakes: false,
+        wanted: false,
+        snapshot: None,
         error: None,
     };
     w.table.actual(dark(), 7, false);

@@ -8,4 +8,5 @@ mod process;
 mod revoke;
 mod smuggle;
 mod streams;
+mod wake;
 mod world;

@@ -82,6 +82,8 @@ pub struct Feed<T> {
     pub slow: AtomicBool,
     /// How often that was so.
     pub unheard: AtomicUsize,
+    /// How often it was told that a workspace is wanted.
+    pub wanted: AtomicUsize,
 }
 
 impl<T: Clone> Feed<T> {
@@ -93,6 +95,7 @@ impl<T: Clone> Feed<T> {
             refuses: AtomicBool::new(false),
             slow: AtomicBool::new(false),
             unheard: AtomicUsize::new(0),
+            wanted: AtomicUsize::new(0),
         })
     }
 
@@ -140,6 +143,11 @@ impl<T: Clone> Feed<T> {
 
 impl World {
     pub async fn new() -> Arc<Self> {
+        Self::with(false).await
+    }
+
+    /// One whose requests soon give a workspace that sleeps up, if `slow`.
+    pub async fn with(slow: bool) -> Arc<Self> {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
         let uids = BTreeMap::from([("me".to_owned(), rustix::process::getuid().as_raw())]);
@@ -190,6 +198,7 @@ impl World {
             },
             clock: clock.clone(),
             connections_max: 1_000,
+            wake_max: Duration::from_millis(if slow { 300 } else { 15_000 }),
         }));
         let ca = local_ca::make().unwrap();
         let names = [API.to_owned(), GW.to_owned(), "localhost".to_owned()];
@@ -265,6 +274,10 @@ impl World {
                 public_access: true,
                 since_ms: None,
                 started_from: None,
+                memory: false,
+                wakes: false,
+                wanted: false,
+                snapshot: None,
                 error: None,
             }),
             seen,
@@ -452,11 +465,17 @@ async fn mint_answers(
 }
 
 async fn host_answers(feed: Arc<Feed<Actual>>, op: host::Op) -> api::Result<serde_json::Value> {
-    let host::Op::Changes { since, wait_ms } = op else {
-        return Err(Error::new(ErrorCode::BadRequest, "not in this world"));
-    };
-    let (seq, states) = feed.changes(since, wait_ms).await?;
-    ok(&host::Changes { seq, states })
+    match op {
+        host::Op::Changes { since, wait_ms } => {
+            let (seq, states) = feed.changes(since, wait_ms).await?;
+            ok(&host::Changes { seq, states })
+        }
+        host::Op::Want { .. } => {
+            feed.wanted.fetch_add(1, Ordering::SeqCst);
+            ok(&true)
+        }
+        _ => Err(Error::new(ErrorCode::BadRequest, "not in this world")),
+    }
 }
 
 async fn control_answers(path: std::path::PathBuf, sent: Arc<Mutex<Vec<Sent>>>) {

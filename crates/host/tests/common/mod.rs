@@ -2,13 +2,13 @@
 //! on their real sockets. The doubles assert what must never be asked of them.
 #![allow(dead_code, clippy::unwrap_used)]
 
-use api::audit::Lease;
+use api::audit::{Lease, Object};
 use api::host::{Actual, ActualState, Changes, Desired, Op};
 use api::rpc::Client;
 use api::vmctl::VmState;
-use api::warden::{SlotState, Start, VmOpened};
+use api::warden::{MemoryEnd, SlotState, Start, VmOpened};
 use api::{Error, ErrorCode, kms, vmctl, warden};
-use model::{HostId, Power, Purpose, Resources, StartId, WorkspaceId};
+use model::{HostId, ObjectId, Power, Purpose, Resources, StartId, WorkspaceId};
 use serde_json::{Value, json};
 use service::clock::Clock;
 use service::config::Config;
@@ -31,6 +31,9 @@ pub struct Slot {
     pub vm: VmState,
     pub reason: Option<String>,
     pub open: Option<Vec<warden::Open>>,
+    /// Memory that is being saved or woken: its purpose, its object once granted, and whether it
+    /// is written.
+    pub memory: Option<(Purpose, Option<String>, bool)>,
     vmctl: watch::Sender<bool>,
 }
 
@@ -40,6 +43,8 @@ pub struct State {
     pub slots: BTreeMap<u16, Slot>,
     pub templates: BTreeSet<(String, u32, u32)>,
     pub disks: BTreeSet<WorkspaceId>,
+    /// What else is at rest, and the object whose key it is under.
+    pub objects: BTreeMap<(WorkspaceId, &'static str), String>,
     pub nonces: BTreeSet<String>,
     /// Operations that fail, by `process.op`.
     pub failing: BTreeMap<String, ErrorCode>,
@@ -134,12 +139,7 @@ impl Doubles {
                 if how == Start::Template {
                     assert!(s.templates.contains(&(image.clone(), memory_mb, cpus)));
                 }
-                let net = VmOpened {
-                    ip: format!("10.117.0.{}", slot + 2),
-                    prefix: 16,
-                    gateway: "10.117.0.1".into(),
-                    mac: "02:00:0a:75:00:02".into(),
-                };
+                let net = net(slot);
                 let (stop, stopped) = watch::channel(false);
                 let at = warden::Slot {
                     slot,
@@ -163,6 +163,7 @@ impl Doubles {
                         vm,
                         reason: None,
                         open: None,
+                        memory: None,
                         vmctl: stop,
                     },
                 );
@@ -183,34 +184,191 @@ impl Doubles {
                 workspace,
                 start_id,
                 nonce,
+                from,
                 ..
             } => {
                 let fresh = s.disks.insert(workspace.clone());
                 let elsewhere = s
                     .slots
                     .values()
-                    .any(|x| x.at.workspace.as_ref() == Some(&workspace));
+                    .any(|x| x.at.slot != slot && x.at.workspace.as_ref() == Some(&workspace));
                 assert!(!elsewhere, "the workspace is on a slot already");
                 let x = s.slots.get_mut(&slot).unwrap();
-                assert_eq!((x.at.state, x.vm), (SlotState::Open, VmState::Pooled));
+                let vm = match x.at.how {
+                    Start::Wake => VmState::Created,
+                    _ => VmState::Pooled,
+                };
+                assert_eq!((x.at.state, x.vm), (SlotState::Open, vm));
                 assert_ne!(x.at.how, Start::Build);
                 x.at.state = SlotState::DiskWaits;
-                (x.at.workspace, x.at.start_id) = (Some(workspace), Some(start_id));
+                (x.at.workspace, x.at.start_id) = (Some(workspace.clone()), Some(start_id));
                 ok(&warden::DiskOpened {
-                    attestation: nonce,
+                    attestation: attestation(&nonce, Purpose::Disk, &workspace),
                     fresh,
-                    from: None,
+                    from: from.map(|w| attestation(&nonce, Purpose::SnapshotDisk, &w)),
                 })
             }
-            warden::Op::DiskGrant { slot, sealed, .. } => {
+            warden::Op::DiskGrant {
+                slot, sealed, from, ..
+            } => {
                 let x = s.slots.get_mut(&slot).unwrap();
                 assert_eq!(x.at.state, SlotState::DiskWaits);
-                assert_eq!(
-                    Some(sealed.as_str()),
-                    x.at.start_id.as_ref().map(StartId::as_str)
-                );
+                let start = x.at.start_id.clone().unwrap();
+                assert_eq!(sealed, format!("{start}|disk|"));
                 x.at.state = SlotState::DiskAttached;
+                let used = x.memory.take().map(|(purpose, ..)| purpose);
+                let workspace = x.at.workspace.clone().unwrap();
+                if used == Some(Purpose::Memory) {
+                    s.objects.remove(&(workspace, Purpose::Memory.label()));
+                }
+                if let Some(from) = from {
+                    let object = from.sealed.split('|').nth(2).unwrap().to_owned();
+                    let copied = |((_, p), o): (&(WorkspaceId, &str), &String)| {
+                        *p == Purpose::SnapshotDisk.label() && *o == object
+                    };
+                    assert!(s.objects.iter().any(copied), "a copy of what is not there");
+                }
                 ok(&true)
+            }
+            warden::Op::SnapshotDiskOpen { slot, nonce, .. } => {
+                let x = &s.slots[&slot];
+                assert_eq!(
+                    (x.at.state, x.vm),
+                    (SlotState::DiskAttached, VmState::Paused)
+                );
+                let workspace = x.at.workspace.as_ref().unwrap();
+                ok(&warden::Attested {
+                    attestation: attestation(&nonce, Purpose::SnapshotDisk, workspace),
+                })
+            }
+            warden::Op::SnapshotDiskGrant { slot, sealed, .. } => {
+                let x = &s.slots[&slot];
+                assert_eq!(x.vm, VmState::Paused, "a disk is copied while it changes");
+                let workspace = x.at.workspace.clone().unwrap();
+                let object = sealed.split('|').nth(2).unwrap().to_owned();
+                s.objects
+                    .insert((workspace, Purpose::SnapshotDisk.label()), object);
+                ok(&true)
+            }
+            warden::Op::MemoryOpen {
+                slot,
+                workspace,
+                start_id,
+                purpose,
+                nonce,
+                save: true,
+            } => {
+                let x = s.slots.get_mut(&slot).unwrap();
+                assert_eq!(
+                    (x.at.state, x.vm),
+                    (SlotState::DiskAttached, VmState::Paused)
+                );
+                assert_eq!(x.at.workspace.as_ref(), Some(&workspace));
+                assert_ne!(x.at.start_id.as_ref(), Some(&start_id));
+                assert!(x.memory.is_none(), "one save at a time");
+                x.memory = Some((purpose, None, false));
+                ok(&warden::Attested {
+                    attestation: attestation(&nonce, purpose, &workspace),
+                })
+            }
+            warden::Op::MemoryOpen {
+                slot,
+                workspace,
+                start_id,
+                purpose,
+                nonce,
+                ..
+            } => {
+                let there = s
+                    .objects
+                    .contains_key(&(workspace.clone(), purpose.label()));
+                assert!(there && !s.slots.contains_key(&slot));
+                let on = |x: &Slot| x.at.workspace.as_ref() == Some(&workspace);
+                assert!(
+                    !s.slots.values().any(on),
+                    "the workspace is on a slot already"
+                );
+                let attested = attestation(&nonce, purpose, &workspace);
+                let at = warden::Slot {
+                    slot,
+                    workspace: Some(workspace),
+                    start_id: Some(start_id),
+                    state: SlotState::MemoryWaits,
+                    how: Start::Wake,
+                    image: image(),
+                    memory_mb: 256,
+                    cpus: 1,
+                    vmm_pid: 0,
+                    disk_pid: None,
+                    vmctl_pid: 0,
+                    net: net(slot),
+                };
+                let (vmctl, _) = watch::channel(false);
+                let waits = Slot {
+                    at,
+                    vm: VmState::Created,
+                    reason: None,
+                    open: None,
+                    memory: Some((purpose, None, false)),
+                    vmctl,
+                };
+                s.slots.insert(slot, waits);
+                ok(&warden::Attested {
+                    attestation: attested,
+                })
+            }
+            warden::Op::MemoryGrant { slot, sealed, .. } => {
+                let object = sealed.split('|').nth(2).unwrap().to_owned();
+                let x = s.slots.get_mut(&slot).unwrap();
+                let workspace = x.at.workspace.clone().unwrap();
+                let wakes = x.at.state == SlotState::MemoryWaits;
+                let memory = x.memory.as_mut().unwrap();
+                let purpose = memory.0;
+                memory.1 = Some(object.clone());
+                if wakes {
+                    let (stop, stopped) = watch::channel(false);
+                    (x.at.state, x.vmctl) = (SlotState::Open, stop);
+                    if s.objects[&(workspace, purpose.label())] != object {
+                        return Err(Error::new(ErrorCode::KeyRefused, "another object's key"));
+                    }
+                    drop(s);
+                    self.process("vmctl", "vmctl", &slot.to_string(), stopped);
+                }
+                ok(&warden::Memory {
+                    image: image(),
+                    memory_mb: 256,
+                    cpus: 1,
+                    net: net(slot),
+                })
+            }
+            warden::Op::MemoryEnd { slot, end } => {
+                let x = s.slots.get_mut(&slot).unwrap();
+                let workspace = x.at.workspace.clone().unwrap();
+                let memory = x.memory.take();
+                if end == MemoryEnd::Drop {
+                    return ok(&true);
+                }
+                let (purpose, object, written) = memory.unwrap();
+                assert!(written, "what was not written is kept");
+                s.objects
+                    .insert((workspace, purpose.label()), object.unwrap());
+                if end == MemoryEnd::Sleep {
+                    close(&mut s, slot);
+                }
+                ok(&true)
+            }
+            warden::Op::ObjectErase { workspace, purpose } => {
+                let on = |x: &Slot| x.at.workspace.as_ref() == Some(&workspace);
+                assert!(!s.slots.values().any(on));
+                s.objects.remove(&(workspace, purpose.label()));
+                ok(&true)
+            }
+            warden::Op::Objects { workspace } => {
+                let of = Purpose::ALL
+                    .into_iter()
+                    .filter(|p| s.objects.contains_key(&(workspace.clone(), p.label())));
+                let all = of.map(|purpose| warden::Object { purpose, bytes: 1 });
+                ok(&all.collect::<Vec<_>>())
             }
             warden::Op::NetSet { slot, open, .. } => {
                 s.slots.get_mut(&slot).unwrap().open = Some(open);
@@ -230,7 +388,6 @@ impl Doubles {
                 ok(&true)
             }
             warden::Op::Counters { .. } => ok(&warden::Counters::default()),
-            op => panic!("host does not ask for {op:?}"),
         }
     }
 
@@ -243,16 +400,17 @@ impl Doubles {
             panic!("host asks for releases only");
         };
         let lease: Lease = serde_json::from_value(receipt["lease"].clone()).unwrap();
-        assert_eq!(
-            lease.nonce, attestation,
-            "the disk is attested for this lease"
-        );
+        let object = lease
+            .objects()
+            .find(|o| attestation == self::attestation(&lease.nonce, o.purpose, &o.workspace));
+        let object = object.expect("what is attested is of this lease");
         assert!(
-            self.state().nonces.insert(lease.nonce),
+            self.state().nonces.insert(attestation),
             "a lease is used twice: an alarm"
         );
+        let id = object.id.map(|id| id.to_string()).unwrap_or_default();
         ok(&kms::Released {
-            sealed: lease.start_id.to_string(),
+            sealed: format!("{}|{}|{id}", lease.start_id, object.purpose.label()),
             aad: "00".into(),
         })
     }
@@ -280,6 +438,25 @@ impl Doubles {
                     steps: Vec::new(),
                 });
             }
+            vmctl::Op::MemorySave => {
+                assert_eq!(x.vm, VmState::Paused);
+                let memory = x.memory.as_mut().unwrap();
+                assert!(memory.1.is_some(), "memory is written without a key");
+                memory.2 = true;
+            }
+            vmctl::Op::Wake { wake, .. } => {
+                assert_eq!(
+                    (x.at.state, x.vm),
+                    (SlotState::DiskAttached, VmState::Created)
+                );
+                assert!(x.open.is_some(), "a guest runs without rules");
+                assert_eq!(wake.ip, x.at.net.ip);
+                x.vm = VmState::Running;
+                return ok(&api::agent::Up {
+                    kernel: "6.12".into(),
+                    steps: Vec::new(),
+                });
+            }
             vmctl::Op::Pause => {
                 assert_eq!(x.vm, VmState::Running);
                 x.vm = VmState::Paused;
@@ -293,12 +470,25 @@ impl Doubles {
                 x.vm = VmState::Exited;
                 x.reason = Some("shutdown".into());
             }
-            op => panic!("host does not ask for {op:?}"),
         }
         ok(&vmctl::Status {
             vm: x.vm,
             reason: x.reason.clone(),
         })
+    }
+}
+
+/// What the doubles attest: the nonce, for which object.
+fn attestation(nonce: &str, purpose: Purpose, workspace: &WorkspaceId) -> String {
+    format!("{nonce}|{}|{workspace}", purpose.label())
+}
+
+fn net(slot: u16) -> VmOpened {
+    VmOpened {
+        ip: format!("10.117.0.{}", slot + 2),
+        prefix: 16,
+        gateway: "10.117.0.1".into(),
+        mac: "02:00:0a:75:00:02".into(),
     }
 }
 
@@ -410,27 +600,47 @@ impl World {
             config: "{}".into(),
             public_access: false,
             ingress_ports: vec![],
+            wakes: false,
             lease: None,
             start: None,
             token_state: "v1.x".into(),
         };
         if power == Power::Running {
-            self.starts += 1;
-            let lease = Lease {
-                workspace,
-                host: HostId::from_bytes([9; 8]),
-                start_id: StartId::from_bytes(self.starts.to_be_bytes()),
-                purpose: Purpose::Disk,
-                nonce: format!("{:064x}", self.starts),
-                exp_ms: self.clock.now_ms() + 50_000,
-                config_digest: "00".repeat(32),
-                object: None,
-                also: vec![],
-            };
-            desired.lease = Some(json!({ "lease": lease }));
-            desired.start = Some(lease);
+            desired = self.with_lease(desired, &[(n, Purpose::Disk, 0)]);
         }
         desired
+    }
+
+    /// The same wish with a fresh lease that opens these objects: whose, what, and its number.
+    pub fn with_lease(&mut self, mut desired: Desired, opens: &[(u8, Purpose, u8)]) -> Desired {
+        self.starts += 1;
+        let object = |(n, purpose, id): &(u8, Purpose, u8)| Object {
+            workspace: WorkspaceId::from_bytes([*n; 8]),
+            purpose: *purpose,
+            id: (*purpose != Purpose::Disk).then(|| ObjectId::from_bytes([*id; 8])),
+        };
+        let own = object(&opens[0]);
+        let lease = Lease {
+            workspace: own.workspace,
+            host: HostId::from_bytes([9; 8]),
+            start_id: StartId::from_bytes(self.starts.to_be_bytes()),
+            purpose: own.purpose,
+            nonce: format!("{:064x}", self.starts),
+            exp_ms: self.clock.now_ms() + 50_000,
+            config_digest: "00".repeat(32),
+            object: own.id,
+            also: opens[1..].iter().map(object).collect(),
+        };
+        desired.lease = Some(json!({ "lease": lease }));
+        desired.start = Some(lease);
+        desired
+    }
+
+    /// Wishes under such a lease, and waits for it.
+    pub async fn act(&mut self, n: u8, power: Power, opens: &[(u8, Purpose, u8)]) -> Actual {
+        let wish = self.wish(n, power);
+        let wish = self.with_lease(wish, opens);
+        self.apply(wish).await.unwrap()
     }
 
     /// Applies, and waits for it.

@@ -1,0 +1,276 @@
+//! The steps by which a workspace falls asleep, is kept as a snapshot, and comes up from either.
+//!
+//! What is saved is ciphertext before it leaves the process that serves it; host names objects and
+//! carries sealed grants. A save holds its lease from its first step on, so that a newer wish can't
+//! take it away in the middle.
+
+use crate::fleet::Spare;
+use crate::machine::{Act, Stage, Vm};
+use crate::workspace::{Shared, Workspace, lost, no_lease};
+use api::audit::{Lease, Object};
+use api::host::Desired;
+use api::kms::Released;
+use api::warden::{MemoryEnd, VmOpened};
+use api::{Error, ErrorCode};
+use model::{Purpose, WorkspaceId};
+use std::sync::Arc;
+
+/// A save under way.
+pub(crate) struct Saving {
+    pub(crate) act: Act,
+    pub(crate) stage: Stage,
+    lease: Lease,
+    receipt: serde_json::Value,
+    attestation: String,
+    released: Option<Released>,
+}
+
+/// A VM that comes up from saved memory.
+#[derive(Default)]
+pub(crate) struct Waking {
+    attestation: String,
+    released: Option<Released>,
+    purpose: Purpose,
+}
+
+/// What a lease is for, by what it opens.
+pub(crate) fn act_of(lease: &Lease) -> Act {
+    match lease.purpose {
+        Purpose::Memory => Act::Sleep,
+        Purpose::SnapshotDisk => Act::Snapshot,
+        _ if memory_of(lease).is_some() => Act::Wake,
+        _ => Act::Start,
+    }
+}
+
+/// Which memory a start's lease opens.
+fn memory_of(lease: &Lease) -> Option<Purpose> {
+    let mut also = lease.also.iter().map(|o| o.purpose);
+    also.find(|p| matches!(p, Purpose::Memory | Purpose::SnapshotMemory))
+}
+
+/// Whose snapshot's disk a start's lease opens: the disk begins as a copy of it.
+pub(crate) fn copied_from(lease: &Lease) -> Option<WorkspaceId> {
+    let is_copy = |o: &&Object| o.purpose == Purpose::SnapshotDisk;
+    lease.also.iter().find(is_copy).map(|o| o.workspace.clone())
+}
+
+/// How a start from saved memory is called.
+pub(crate) fn from_memory(purpose: Purpose) -> &'static str {
+    match purpose {
+        Purpose::SnapshotMemory => "restore",
+        _ => "wake",
+    }
+}
+
+impl Workspace {
+    /// Does the next step of a save; `stage` is how far it is.
+    pub(crate) async fn save(
+        &mut self,
+        act: Act,
+        stage: Option<Stage>,
+        desired: &Desired,
+    ) -> api::Result<()> {
+        let shared = Arc::clone(&self.shared);
+        let peers = &shared.peers;
+        let slot = self.slot()?;
+        let Some(stage) = stage else {
+            return self.save_begin(act, slot, desired).await;
+        };
+        let saving = self.saving.as_mut().ok_or_else(lost)?;
+        let memory = match act {
+            Act::Snapshot => Purpose::SnapshotMemory,
+            _ => Purpose::Memory,
+        };
+        let after = match stage {
+            Stage::CopyAttested | Stage::Attested => {
+                let key = peers
+                    .key_release(&saving.lease, &saving.receipt, &saving.attestation)
+                    .await?;
+                saving.released = Some(key);
+                if stage == Stage::Attested {
+                    Stage::Keyed
+                } else {
+                    Stage::CopyKeyed
+                }
+            }
+            Stage::CopyKeyed => {
+                let key = saving.released.take().ok_or_else(lost)?;
+                peers.copy_grant(slot, key).await?;
+                Stage::Copied
+            }
+            Stage::Copied => {
+                let opened = peers.memory_open(slot, &saving.lease, memory, true).await?;
+                saving.attestation = opened.attestation;
+                Stage::Attested
+            }
+            Stage::Keyed => {
+                let key = saving.released.take().ok_or_else(lost)?;
+                peers.memory_grant(slot, key).await?;
+                Stage::Ready
+            }
+            Stage::Ready => {
+                peers.vm_memory_save(slot).await?;
+                Stage::Written
+            }
+            Stage::Written => return self.save_end(act, slot).await,
+        };
+        saving.stage = after;
+        Ok(())
+    }
+
+    async fn save_begin(&mut self, act: Act, slot: u16, desired: &Desired) -> api::Result<()> {
+        let (lease, receipt) = self.lease(desired).ok_or_else(no_lease)?;
+        let (lease, receipt) = (lease.clone(), receipt.clone());
+        self.spent = Some(lease.start_id.clone());
+        self.error = None;
+        if self.undropped {
+            self.shared.peers.memory_end(slot, MemoryEnd::Drop).await?;
+            self.undropped = false;
+        }
+        let peers = &self.shared.peers;
+        let (stage, opened) = match act {
+            Act::Snapshot => (Stage::CopyAttested, peers.copy_open(slot, &lease).await?),
+            _ => {
+                let opened = peers.memory_open(slot, &lease, Purpose::Memory, true);
+                (Stage::Attested, opened.await?)
+            }
+        };
+        self.saving = Some(Saving {
+            act,
+            stage,
+            lease,
+            receipt,
+            attestation: opened.attestation,
+            released: None,
+        });
+        Ok(())
+    }
+
+    async fn save_end(&mut self, act: Act, slot: u16) -> api::Result<()> {
+        if act == Act::Snapshot {
+            self.shared.peers.memory_end(slot, MemoryEnd::Keep).await?;
+            self.snapshot = self.saving.take().and_then(|s| s.lease.object);
+            return Ok(());
+        }
+        self.shared.peers.memory_end(slot, MemoryEnd::Sleep).await?;
+        self.memory = true;
+        self.closed().await
+    }
+
+    /// Gives up what is being saved. Warden sweeps it with the slot at the latest, so that a
+    /// failure here keeps nothing but the next save from going on.
+    pub(crate) async fn save_drop(&mut self) -> api::Result<()> {
+        self.saving = None;
+        let slot = self.slot()?;
+        let dropped = self.shared.peers.memory_end(slot, MemoryEnd::Drop).await;
+        if let Err(e) = &dropped {
+            tracing::warn!(workspace = %self.id, error = %e, detail = e.detail, "drop a save");
+        }
+        self.undropped = dropped.is_err();
+        Ok(())
+    }
+
+    /// Opens saved memory on a free slot.
+    pub(crate) async fn memory_open(&mut self, desired: &Desired) -> api::Result<()> {
+        let (lease, _) = self.lease(desired).ok_or_else(no_lease)?;
+        let lease = lease.clone();
+        let purpose = memory_of(&lease).ok_or_else(no_lease)?;
+        (self.crashed, self.error) = (false, None);
+        let shared = Arc::clone(&self.shared);
+        let slot = shared.fleet.slot_for_memory()?;
+        let opened = match shared.peers.memory_open(slot, &lease, purpose, false).await {
+            Ok(opened) => opened,
+            Err(e) => {
+                shared.fleet.close_some_time(slot).await;
+                return Err(e);
+            }
+        };
+        self.spare = Some(Spare {
+            slot,
+            net: VmOpened {
+                ip: String::new(),
+                prefix: 0,
+                gateway: String::new(),
+                mac: String::new(),
+            },
+            from: from_memory(purpose),
+        });
+        self.waking = Some(Waking {
+            attestation: opened.attestation,
+            released: None,
+            purpose,
+        });
+        self.start_id = Some(lease.start_id);
+        (self.net, self.vm) = (None, Vm::MemoryAttested);
+        self.place_set(false);
+        Ok(())
+    }
+
+    /// Asks for saved memory's key.
+    pub(crate) async fn memory_key(&mut self, desired: &Desired) -> api::Result<()> {
+        let (lease, receipt) = self.lease_of_start(desired)?;
+        let waking = self.waking.as_ref().ok_or_else(lost)?;
+        let peers = &self.shared.peers;
+        let key = peers
+            .key_release(lease, receipt, &waking.attestation)
+            .await?;
+        if let Some(waking) = &mut self.waking {
+            waking.released = Some(key);
+        }
+        self.vm = Vm::MemoryKeyed;
+        Ok(())
+    }
+
+    /// Gives saved memory its key: the VM is there.
+    pub(crate) async fn memory_grant(&mut self, desired: &Desired) -> api::Result<()> {
+        let slot = self.slot()?;
+        let key = self.waking.as_mut().and_then(|w| w.released.take());
+        let key = key.ok_or_else(lost)?;
+        let memory = self.shared.peers.memory_grant(slot, key).await?;
+        let size = desired.resources;
+        if (memory.memory_mb, memory.cpus) != (size.memory_mb, size.cpus) {
+            return Err(Error::new(
+                ErrorCode::MemoryStale,
+                "its memory was saved at another size than is wanted now",
+            ));
+        }
+        if let Some(spare) = &mut self.spare {
+            spare.net = memory.net;
+        }
+        self.vm = Vm::Claimed;
+        Ok(())
+    }
+
+    /// The disk has its key: memory that it was woken with is used up.
+    pub(crate) fn memory_used(&mut self) {
+        if self
+            .waking
+            .as_ref()
+            .is_some_and(|w| w.purpose == Purpose::Memory)
+        {
+            self.memory = false;
+        }
+    }
+
+    /// Whether its memory is saved here, by warden's word.
+    pub(crate) async fn memory_look(&self) -> api::Result<bool> {
+        match self.shared.peers.objects(&self.id).await {
+            Ok(all) => Ok(all.iter().any(|o| o.purpose == Purpose::Memory)),
+            Err(e) if e.code == ErrorCode::NotSupported => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+}
+
+/// Removes everything beside a workspace's disk. Idempotent.
+pub(crate) async fn erase(shared: &Shared, workspace: &WorkspaceId) -> api::Result<()> {
+    let all = match shared.peers.objects(workspace).await {
+        Err(e) if e.code == ErrorCode::NotSupported => return Ok(()),
+        all => all?,
+    };
+    for object in all.into_iter().filter(|o| o.purpose != Purpose::Disk) {
+        shared.peers.object_erase(workspace, object.purpose).await?;
+    }
+    Ok(())
+}

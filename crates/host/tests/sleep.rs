@@ -1,0 +1,324 @@
+//! Sleep, wake, snapshot, restore and fork, against doubles of warden, the KMS and vmctl.
+#![allow(clippy::unwrap_used, unreachable_pub)]
+
+mod common;
+
+use api::ErrorCode;
+use api::host::ActualState::{Asleep, Crashed, Deleted, Failed, Paused, Running, Stopped};
+use api::host::{Actual, ActualState};
+use common::{World, until};
+use model::{ObjectId, Power, Purpose, WorkspaceId};
+
+const SLEEP: [&str; 6] = [
+    "vmctl.pause",
+    "warden.memory_open",
+    "kms.release",
+    "warden.memory_grant",
+    "vmctl.memory_save",
+    "warden.memory_end",
+];
+/// What a wake asks until its memory is used up, and what after it.
+const WAKE: [&str; 6] = [
+    "warden.memory_open",
+    "kms.release",
+    "warden.memory_grant",
+    "warden.disk_open",
+    "warden.net_set",
+    "warden.disk_grant",
+];
+const SNAPSHOT: [&str; 8] = [
+    "vmctl.pause",
+    "warden.snapshot_disk_open",
+    "kms.release",
+    "warden.snapshot_disk_grant",
+    "warden.memory_open",
+    "warden.memory_grant",
+    "vmctl.memory_save",
+    "warden.memory_end",
+];
+
+fn ws(n: u8) -> WorkspaceId {
+    WorkspaceId::from_bytes([n; 8])
+}
+
+fn has(w: &World, n: u8, purpose: Purpose) -> bool {
+    let s = w.doubles.state();
+    s.objects.contains_key(&(ws(n), purpose.label()))
+}
+
+/// The object's number goes into its key: another one does not open it.
+async fn sleep(w: &mut World, n: u8, object: u8) -> Actual {
+    let opens = [(n, Purpose::Memory, object)];
+    w.act(n, Power::Asleep, &opens).await
+}
+
+async fn wake(w: &mut World, n: u8, object: u8) -> Actual {
+    let opens = [(n, Purpose::Disk, 0), (n, Purpose::Memory, object)];
+    w.act(n, Power::Running, &opens).await
+}
+
+async fn snapshot(w: &mut World, n: u8, object: u8, after: Power) -> Actual {
+    let opens = [
+        (n, Purpose::SnapshotDisk, object),
+        (n, Purpose::SnapshotMemory, object),
+    ];
+    w.act(n, after, &opens).await
+}
+
+async fn restore(w: &mut World, n: u8, object: u8) -> Actual {
+    let opens = [
+        (n, Purpose::Disk, 0),
+        (n, Purpose::SnapshotDisk, object),
+        (n, Purpose::SnapshotMemory, object),
+    ];
+    w.act(n, Power::Running, &opens).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_workspace_sleeps_and_wakes_with_its_memory_once() {
+    let mut w = World::new(0).await;
+    w.bring(1, Power::Running).await;
+    let before = w.doubles.state().asked.len();
+    let asleep = sleep(&mut w, 1, 1).await;
+    assert_eq!(
+        (asleep.state, asleep.memory, asleep.ip),
+        (Asleep, true, None)
+    );
+    let asked = w.doubles.state().asked[before..].to_vec();
+    let asked = asked.iter().filter(|a| SLEEP.contains(&a.as_str()));
+    assert_eq!(asked.collect::<Vec<_>>(), SLEEP);
+    assert!(w.slots_of(1).is_empty() && has(&w, 1, Purpose::Memory));
+
+    let up = wake(&mut w, 1, 1).await;
+    assert_eq!((up.state, up.memory), (Running, false));
+    assert_eq!(up.started_from.as_deref(), Some("wake"));
+    assert!(up.ip.is_some() && !has(&w, 1, Purpose::Memory));
+
+    // A stop of what sleeps, and a start from the disk, take the memory away first.
+    sleep(&mut w, 1, 2).await;
+    let stopped = w.bring(1, Power::Stopped).await;
+    assert_eq!((stopped.state, stopped.memory), (Stopped, false));
+    assert!(!has(&w, 1, Purpose::Memory));
+    w.bring(1, Power::Running).await;
+    sleep(&mut w, 1, 3).await;
+    let plain = w.bring(1, Power::Running).await;
+    assert_ne!(plain.started_from.as_deref(), Some("wake"));
+    assert!(!has(&w, 1, Purpose::Memory));
+
+    sleep(&mut w, 1, 4).await;
+    assert_eq!(w.bring(1, Power::Deleted).await.state, Deleted);
+    let s = w.doubles.state();
+    assert!(s.objects.is_empty() && s.disks.is_empty());
+    assert!(s.slots.values().all(|x| x.at.workspace.is_none()));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sleep_that_fails_at_any_step_leaves_it_running() {
+    let mut w = World::new(0).await;
+    for (n, step) in SLEEP.iter().enumerate() {
+        let n = u8::try_from(n).unwrap() + 1;
+        w.bring(n, Power::Running).await;
+        let failing = (step.to_string(), ErrorCode::Timeout);
+        w.doubles.state().failing.extend([failing]);
+        let actual = sleep(&mut w, n, 1).await;
+        assert_eq!((actual.state, actual.memory), (Running, false), "{step}");
+        assert_eq!(actual.error.unwrap().code, ErrorCode::Timeout, "{step}");
+        w.doubles.state().failing.clear();
+        assert_eq!(sleep(&mut w, n, 2).await.state, Asleep, "{step}");
+        w.bring(n, Power::Deleted).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wake_that_fails_before_its_disk_is_granted_leaves_it_asleep() {
+    let mut w = World::new(0).await;
+    for (n, step) in WAKE.iter().enumerate() {
+        let n = u8::try_from(n).unwrap() + 1;
+        w.bring(n, Power::Running).await;
+        sleep(&mut w, n, 1).await;
+        let failing = (step.to_string(), ErrorCode::MemoryStale);
+        w.doubles.state().failing.extend([failing]);
+        let failed = wake(&mut w, n, 1).await;
+        assert_eq!((failed.state, failed.memory), (Failed, true), "{step}");
+        assert_eq!(failed.error.unwrap().code, ErrorCode::MemoryStale, "{step}");
+        assert!(w.slots_of(n).is_empty() && has(&w, n, Purpose::Memory));
+        w.doubles.state().failing.clear();
+        // Asked to be asleep, it is; with another object's key, it does not wake.
+        assert_eq!(w.bring(n, Power::Asleep).await.state, Asleep);
+        let wrong = wake(&mut w, n, 9).await;
+        assert_eq!(wrong.error.unwrap().code, ErrorCode::KeyRefused);
+        assert_eq!(wake(&mut w, n, 1).await.state, Running, "{step}");
+        w.bring(n, Power::Deleted).await;
+    }
+    // After it, the memory is gone, and that is said.
+    w.bring(9, Power::Running).await;
+    sleep(&mut w, 9, 1).await;
+    let failing = ("vmctl.wake".to_owned(), ErrorCode::Timeout);
+    w.doubles.state().failing.extend([failing]);
+    let failed = wake(&mut w, 9, 1).await;
+    assert_eq!((failed.state, failed.memory), (Failed, false));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_snapshot_is_restored_and_forked_and_stays() {
+    let mut w = World::new(0).await;
+    w.bring(1, Power::Running).await;
+    let before = w.doubles.state().asked.len();
+    let kept = snapshot(&mut w, 1, 1, Power::Running).await;
+    assert_eq!(
+        (kept.state, kept.snapshot),
+        (Running, Some(ObjectId::from_bytes([1; 8])))
+    );
+    let asked: Vec<_> = w.doubles.state().asked[before..]
+        .iter()
+        .filter(|a| SNAPSHOT.contains(&a.as_str()))
+        .cloned()
+        .collect();
+    assert_eq!(asked.iter().filter(|a| *a == "kms.release").count(), 2);
+    assert_eq!(asked.len(), SNAPSHOT.len() + 1);
+    let paused = snapshot(&mut w, 1, 2, Power::Paused).await;
+    assert_eq!((paused.state, paused.snapshot.is_some()), (Paused, true));
+
+    w.bring(1, Power::Stopped).await;
+    for _ in 0..2 {
+        let up = restore(&mut w, 1, 2).await;
+        assert_eq!(
+            (up.state, up.started_from.as_deref()),
+            (Running, Some("restore"))
+        );
+        assert!(has(&w, 1, Purpose::SnapshotMemory) && has(&w, 1, Purpose::SnapshotDisk));
+        w.bring(1, Power::Stopped).await;
+    }
+    let opens = [(2, Purpose::Disk, 0), (1, Purpose::SnapshotDisk, 2)];
+    let fork = w.act(2, Power::Running, &opens).await;
+    assert_eq!(fork.state, Running);
+    w.bring(1, Power::Deleted).await;
+    assert!(w.doubles.state().objects.is_empty());
+    assert_eq!(w.get(2).await.unwrap().state, Running);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_snapshot_that_fails_at_any_step_leaves_it_running() {
+    let mut w = World::new(0).await;
+    for (n, step) in SNAPSHOT.iter().enumerate() {
+        let n = u8::try_from(n).unwrap() + 1;
+        w.bring(n, Power::Running).await;
+        let failing = (step.to_string(), ErrorCode::StorageFull);
+        w.doubles.state().failing.extend([failing]);
+        let actual = snapshot(&mut w, n, 1, Power::Running).await;
+        assert_eq!((actual.state, actual.snapshot), (Running, None), "{step}");
+        assert_eq!(actual.error.unwrap().code, ErrorCode::StorageFull, "{step}");
+        w.doubles.state().failing.clear();
+        let kept = snapshot(&mut w, n, 2, Power::Running).await;
+        assert!(kept.snapshot.is_some() && kept.error.is_none(), "{step}");
+        w.bring(n, Power::Deleted).await;
+    }
+}
+
+/// Kills host after it asked for `step` and before it heard of it, and starts it again.
+async fn kill_at(w: &mut World, n: u8, power: Power, opens: &[(u8, Purpose, u8)], step: &str) {
+    w.doubles.state().silent = Some(step.to_owned());
+    let before = w.doubles.state().asked.len();
+    let wish = w.wish(n, power);
+    let wish = w.with_lease(wish, opens);
+    let reached = until(step, async || {
+        let s = w.doubles.state();
+        s.asked[before..].iter().any(|a| a == step).then_some(())
+    });
+    tokio::select! {
+        got = w.apply(wish) => panic!("{step}: {got:?}"),
+        () = reached => {}
+    }
+    w.kill();
+    w.doubles.state().silent = None;
+    w.start().await;
+}
+
+/// The state that a workspace comes to rest in.
+async fn rests(w: &World, n: u8) -> (ActualState, bool) {
+    let rests = [Running, Paused, Asleep, Stopped, Failed, Crashed];
+    let actual = until("rest", async || {
+        w.get(n).await.filter(|a| rests.contains(&a.state))
+    })
+    .await;
+    (actual.state, actual.memory)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_kill_after_each_step_of_a_sleep_leaves_it_running_or_asleep() {
+    let mut w = World::new(0).await;
+    for (n, step) in SLEEP.iter().enumerate() {
+        let n = u8::try_from(n).unwrap() + 1;
+        w.bring(n, Power::Running).await;
+        kill_at(&mut w, n, Power::Asleep, &[(n, Purpose::Memory, 1)], step).await;
+        let ends = *step == "warden.memory_end";
+        let want = if ends {
+            (Asleep, true)
+        } else {
+            (Running, false)
+        };
+        assert_eq!(rests(&w, n).await, want, "{step}");
+        assert_eq!(w.slots_of(n).len(), usize::from(!ends), "{step}");
+        if !ends {
+            assert_eq!(sleep(&mut w, n, 2).await.state, Asleep, "{step}");
+        }
+        assert_eq!(
+            wake(&mut w, n, if ends { 1 } else { 2 }).await.state,
+            Running
+        );
+        w.bring(n, Power::Deleted).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_kill_after_each_step_of_a_wake_loses_no_memory_in_silence() {
+    let mut w = World::new(0).await;
+    for (n, step) in WAKE.iter().chain(&["vmctl.wake"]).enumerate() {
+        let n = u8::try_from(n).unwrap() + 1;
+        w.bring(n, Power::Running).await;
+        sleep(&mut w, n, 1).await;
+        let opens = [(n, Purpose::Disk, 0), (n, Purpose::Memory, 1)];
+        kill_at(&mut w, n, Power::Running, &opens, step).await;
+        match *step {
+            "vmctl.wake" => assert_eq!(rests(&w, n).await, (Running, false)),
+            "warden.disk_grant" => {
+                assert_eq!(rests(&w, n).await, (Crashed, false), "{step}");
+                assert_eq!(w.bring(n, Power::Running).await.state, Running);
+            }
+            _ => {
+                assert_eq!(rests(&w, n).await, (Crashed, true), "{step}");
+                assert!(w.slots_of(n).is_empty(), "{step}");
+                assert_eq!(wake(&mut w, n, 1).await.state, Running, "{step}");
+            }
+        }
+        w.bring(n, Power::Deleted).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_kill_after_each_step_of_a_snapshot_or_restore_leaves_nothing_half_done() {
+    let mut w = World::new(0).await;
+    for (n, step) in SNAPSHOT.iter().enumerate() {
+        let n = u8::try_from(n).unwrap() + 1;
+        w.bring(n, Power::Running).await;
+        let opens = [
+            (n, Purpose::SnapshotDisk, 1),
+            (n, Purpose::SnapshotMemory, 1),
+        ];
+        kill_at(&mut w, n, Power::Running, &opens, step).await;
+        assert_eq!(rests(&w, n).await, (Running, false), "{step}");
+        let kept = snapshot(&mut w, n, 2, Power::Running).await;
+        assert!(kept.snapshot.is_some(), "{step}");
+        w.bring(n, Power::Stopped).await;
+        let opens = [
+            (n, Purpose::Disk, 0),
+            (n, Purpose::SnapshotDisk, 2),
+            (n, Purpose::SnapshotMemory, 2),
+        ];
+        let step = WAKE[usize::from(n - 1) % WAKE.len()];
+        kill_at(&mut w, n, Power::Running, &opens, step).await;
+        assert_eq!(rests(&w, n).await, (Crashed, false), "{step}");
+        assert_eq!(restore(&mut w, n, 2).await.state, Running, "{step}");
+        w.bring(n, Power::Deleted).await;
+    }
+}
