@@ -20,6 +20,12 @@ const MIB: u64 = 1 << 20;
 /// What a disk's file may grow to: the largest volume and its header.
 const DISK_FILE_MAX_BYTES: u64 = (*model::limits::DISK_MB.end() as u64 + 64) * MIB;
 
+/// What a volume's file system leaves room to grow to, in blocks of 4 KiB. Not more: the room of
+/// mke2fs' default, a thousandfold, is more than a journal of 16 MiB can take in one transaction,
+/// and the kernel then grows nothing (ENOSPC).
+const GROW_MAX_BLOCKS: u64 = 1 << 26;
+const _: () = assert!(GROW_MAX_BLOCKS * 4096 > *model::limits::DISK_MB.end() as u64 * MIB);
+
 /// The VMM inside the closure.
 pub const VMM: &str = "/usr/bin/qemu-system-x86_64";
 /// The guest's kernel, in the jail and among the artifacts.
@@ -463,8 +469,13 @@ fn mkfs(file: OwnedFd) -> Step<Jail> {
     }
     jail.bind_write(file, "/volume");
     let argv = "mke2fs -q -F -t ext4 -b 4096 -m 0 -I 256 -J size=16 \
-                -E lazy_itable_init=1,lazy_journal_init=1,nodiscard -L workspace /volume";
+                -L workspace -E lazy_itable_init=1,lazy_journal_init=1,nodiscard";
+    let resize = format!(",resize={GROW_MAX_BLOCKS}");
     jail.plan.argv = argv.split_whitespace().map(String::from).collect();
+    if let Some(options) = jail.plan.argv.last_mut() {
+        options.push_str(&resize);
+    }
+    jail.plan.argv.push("/volume".into());
     Ok(jail)
 }
 

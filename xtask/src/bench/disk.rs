@@ -161,7 +161,7 @@ fn images(dir: &Path) -> Result<[PathBuf; 2]> {
         Ok(())
     };
     let mkfs = "-q -F -t ext4 -b 4096 -m 0 -I 256 -J size=16 -E \
-                lazy_itable_init=1,lazy_journal_init=1,nodiscard";
+                lazy_itable_init=1,lazy_journal_init=1,nodiscard,resize=67108864";
     let mkfs: Vec<&str> = mkfs.split_whitespace().collect();
     run("mke2fs", &mkfs, &[&raw])?;
     let object = format!("secret,id=s,file={}", secret.display());

@@ -111,11 +111,17 @@ fn workspaces_pause_end_restart_and_grow() {
     assert!(before > 5, "its memory was kept");
     until("the counter to go on", || (count() > before).then_some(()));
 
-    // A larger disk keeps what is on it.
+    // A larger disk keeps what is on it, and the file system fills it.
     u.exec(&id, "echo kept > /root/kept && sync");
+    let blocks = || u.exec(&id, "df -k / | tail -1 | tr -s ' ' | cut -d' ' -f2");
+    let small: u64 = blocks().parse().unwrap();
     let resized = u.ok(&["ws", "resize", &id, "--disk-mb", "9216", "--apply"]);
     assert_eq!(resized["relaunched"], true);
     assert_eq!(u.exec(&id, "cat /root/kept"), "kept");
+    until("the larger file system", || {
+        let large: u64 = blocks().parse().ok()?;
+        (large > small + 900 * 1024).then_some(())
+    });
 
     // A VMM that dies is replaced under `always`, and not under `no`.
     let pid = u.vmm_kill(&id);
