@@ -12,6 +12,7 @@ mod edge;
 mod iso;
 mod keys;
 mod logs;
+mod neighbour;
 
 use crate::probe::Probe;
 use service::config::Config;
@@ -146,6 +147,11 @@ pub const CHECKS: &[Check] = &[
         "ISO-7",
         "Spoofed source addresses from a workspace are dropped",
         iso::iso_7
+    ),
+    check!(
+        "ISO-8",
+        "One workspace's CPU, memory, disk and network use starve no other",
+        neighbour::iso_8
     ),
     check!(
         "DSK-1",

@@ -29,6 +29,7 @@ const SEEN: &[(&str, &str)] = &[
     ("ISO-5", ":80 answered"),
     ("ISO-6", "host answers read_memory"),
     ("ISO-7", "spoofed datagrams were delivered"),
+    ("ISO-8", "the kernel lets a workspace of 1 CPUs have 64"),
     ("DSK-1", "the disk file is open in"),
     ("DSK-2", "allocated sectors of two workspaces are equal"),
     ("DSK-3", "the canary stands in"),
