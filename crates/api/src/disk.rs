@@ -1,14 +1,16 @@
 //! The channel between warden and a disk process: one JSON message a packet, over a
 //! SOCK_SEQPACKET pair.
 
+use crate::kms::AnchorStatement;
 use serde::{Deserialize, Serialize};
 
 /// To the disk process.
 #[derive(Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 pub enum ToDisk {
-    /// The volume, and how fast it may be. With this come, in this order, its backing file and, if
-    /// there is one, the template that a new volume is filled from (SCM_RIGHTS). No answer.
+    /// The volume, and how fast it may be. With this come, in this order, its backing file, its
+    /// sidecar and, if there is one, the template that a new volume is filled from (SCM_RIGHTS). No
+    /// answer.
     Open {
         /// Size of the volume, MiB.
         size_mb: u32,
@@ -26,7 +28,10 @@ pub enum ToDisk {
         /// The backing file is new: make the volume.
         format: bool,
     },
-    /// Flush and exit.
+    /// Make all that the guest flushed durable, and say how far that is. Answer:
+    /// [`FromDisk::Anchor`].
+    Anchor,
+    /// Flush, say how far that is, exit.
     Close,
 }
 
@@ -44,6 +49,8 @@ pub enum FromDisk {
         /// Size of the file as the VMM sees it, bytes.
         size_bytes: u64,
     },
+    /// How far the disk has got: asked for, or said at the end, whatever the reason.
+    Anchor(Anchored),
     /// It could not.
     Failed {
         /// The code for the client.
@@ -51,4 +58,17 @@ pub enum FromDisk {
         /// For the operator.
         message: String,
     },
+}
+
+/// A state of a disk that is durable.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Anchored {
+    /// For the KMS.
+    pub statement: AnchorStatement,
+    /// Reads that were refused since the start, because what is at rest is not what was written.
+    pub refused: u64,
+    /// The first sector that was, of 4096 bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first_refused: Option<u64>,
 }

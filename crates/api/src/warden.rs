@@ -148,6 +148,14 @@ pub enum Op {
         #[serde(default)]
         rates: NetRates,
     },
+    /// How far the slot's disk has got, for the KMS; of a slot that is dead: what was said last.
+    /// Answer: `Option<`[`crate::disk::Anchored`]`>`.
+    DiskAnchor {
+        /// The slot.
+        slot: u16,
+        /// End VMM and disk first, so that it is the last word; the slot is dead then.
+        end: bool,
+    },
     /// Ends everything on the slot: disk, VMM, vmctl, tap, rules, cgroup. Idempotent.
     /// Answer: `true`.
     SlotClose {

@@ -117,21 +117,36 @@ impl Audit {
 
     /// Announces a closing act: in the log, or in the spool until the log is back.
     pub async fn intent_closing(&self, op: &Op, act: &Act<'_>) {
-        self.append_or_spool(act.entry(op, Phase::Intent)).await;
+        self.append_or_spool(Class::Host, act.entry(op, Phase::Intent))
+            .await;
     }
 
     /// Records what came of an act.
     pub async fn outcome<T>(&self, op: &Op, act: &Act<'_>, result: &api::Result<T>) {
         let mut entry = act.entry(op, Phase::Outcome);
         entry.result = Some(word(result.as_ref().err()));
-        self.append_or_spool(entry).await;
+        self.append_or_spool(Class::Host, entry).await;
     }
 
     /// Records an act that happened by itself.
     pub async fn fact(&self, op: &Op, act: &Act<'_>, result: Option<&Error>) {
         let mut entry = act.entry(op, Phase::Fact);
         entry.result = Some(word(result));
-        self.append_or_spool(entry).await;
+        self.append_or_spool(Class::Host, entry).await;
+    }
+
+    /// Records what somebody should look into.
+    pub async fn alarm(&self, op: &Op, event: &'static str, subject: &str, error: &Error) {
+        let act = Act {
+            event,
+            account: None,
+            subject,
+            policy: None,
+            data: Map::new(),
+        };
+        let mut entry = act.entry(op, Phase::Fact);
+        entry.result = Some(word(Some(error)));
+        self.append_or_spool(Class::Security, entry).await;
     }
 
     /// Records an API call.
@@ -163,12 +178,12 @@ impl Audit {
         self.spool.flush(&self.log).await
     }
 
-    async fn append_or_spool(&self, entry: Entry) {
-        let append = self.log.append(Class::Host, entry.clone());
+    async fn append_or_spool(&self, class: Class, entry: Entry) {
+        let append = self.log.append(class, entry.clone());
         // A log that answers too late has the entry twice, which does no harm.
         let appended = tokio::time::timeout(CLOSING_LOG_WAIT, append).await;
         if !matches!(appended, Ok(Ok(_))) {
-            self.spool.put(Class::Host, entry).await;
+            self.spool.put(class, entry).await;
         }
     }
 }

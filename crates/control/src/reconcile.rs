@@ -62,6 +62,7 @@ async fn news(app: Arc<App>) {
 
 /// One look at everything; how long until the next is due.
 pub async fn converge(app: &Arc<App>) -> Duration {
+    app.alarms_say().await;
     let left = app.audit.spool_flush().await;
     app.metrics
         .spooled

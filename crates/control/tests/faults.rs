@@ -4,7 +4,7 @@
 
 mod common;
 
-use api::audit::Phase;
+use api::audit::{Class, Phase};
 use api::{Error, ErrorCode};
 use common::World;
 use model::WorkspaceId;
@@ -416,4 +416,30 @@ async fn i19_a_kill_after_the_answer_leaves_the_outcome_to_the_next_process() {
     let path = format!("/workspace/{}", row.id);
     w.ok(1, "DELETE", &path, Value::Null).await;
     assert_eq!(outcomes(&w, &|e| e.request_id == "req_00000000000000aa"), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_that_was_changed_at_rest_is_an_alarm_once_for_each_start() {
+    let w = World::sqlite().await;
+    let id = w.workspace(json!({})).await;
+    let alarms = || {
+        let s = w.doubles.state();
+        let of = s.entries.iter().filter(|(class, e)| {
+            *class == Class::Security
+                && e.event == "disk.tampered"
+                && e.subject.as_deref() == Some(&id)
+                && e.result.as_deref() == Some("disk_tampered")
+        });
+        of.count()
+    };
+    let tampered = Error::new(ErrorCode::DiskTampered, "the test wants it so");
+    for times in 1..=2 {
+        w.doubles.crash(&id, Some(tampered.clone()));
+        w.until("an alarm", async || (alarms() == times).then_some(()))
+            .await;
+        // What is said again while the next start is under way is the same.
+        w.restart_comes_due(&id).await;
+        w.becomes(&id, "running").await;
+        assert_eq!(alarms(), times);
+    }
 }

@@ -32,13 +32,15 @@ pub fn open_or_format<B: Backing>(
     size_bytes: u64,
 ) -> Result<Volume<B>, DiskError> {
     if !format {
-        let key = luks2::open(&backing, &grant.disk_key, &grant.workspace)?;
         let Some(tags) = tags else {
+            let key = luks2::open(&backing, &grant.disk_key, &grant.workspace)?;
             return Volume::new(backing, &key, size_bytes);
         };
+        // Tags first: of the header nothing is believed that its tag does not fit.
         let keys = Keys::derive(grant.disk_key.expose())?;
         let (anchor, sectors) = (grant.anchor.as_ref(), size_bytes / SECTOR_BYTES as u64);
         let sidecar = Sidecar::open(tags, &backing, keys, sectors, grant.run, anchor)?;
+        let key = luks2::open(&backing, &grant.disk_key, &grant.workspace)?;
         return Volume::with_sidecar(backing, sidecar, &key, size_bytes);
     }
     if grant.anchor.is_some() {

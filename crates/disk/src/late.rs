@@ -40,7 +40,8 @@ impl<C: Clone> Late<C> {
         *self.shared.lock().unwrap_or_else(PoisonError::into_inner) = Some(content);
     }
 
-    fn get(&self) -> Option<&C> {
+    /// The content, once there is one.
+    pub fn get(&self) -> Option<&C> {
         if let Some(own) = self.own.get() {
             return Some(own);
         }

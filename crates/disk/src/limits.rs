@@ -93,7 +93,9 @@ pub const FUSE_FD: i32 = 4;
 pub const FUSE_CLONE_FD: i32 = 5;
 /// The backing file. Sent by warden, as is what follows; the numbers are the lowest that are free.
 pub const BACKING_FD: i32 = 6;
+/// The sidecar.
+pub const TAGS_FD: i32 = 7;
 /// The template of a new volume; may be absent.
-pub const TEMPLATE_FD: i32 = 7;
+pub const TEMPLATE_FD: i32 = 8;
 /// Most descriptors that come with one message.
 pub const SENT_FDS_MAX: usize = 4;

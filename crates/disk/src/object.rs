@@ -35,6 +35,12 @@ impl<B: Backing> Object<B> {
         }
     }
 
+    /// The volume.
+    #[must_use]
+    pub fn volume(&self) -> &Volume<B> {
+        &self.volume
+    }
+
     /// The volume's offset of a range that may be changed.
     fn in_volume(&self, offset: u64, len: u64) -> io::Result<u64> {
         let errno = |code| Err(io::Error::from_raw_os_error(code));

@@ -2,15 +2,15 @@
 //!
 //! ```text
 //! secret heap ─▶ sandbox ─▶ serve nothing ─▶ hello ─▶ files ─▶ grant ─▶ open or format ─▶ ready
-//!   ─▶ serve the volume ─▶ close: sync, exit
+//!   ─▶ serve the volume ─▶ close, or the mount gone: sync, say how far, exit
 //! ```
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, OnceLock, mpsc};
 use std::thread;
 
-use api::disk::{FromDisk, ToDisk};
+use api::disk::{Anchored, FromDisk, ToDisk};
 use seal::Zeroizing;
 use seal::hpke::SecretKey;
 use seal::secret::{harden_process, install_secret_heap};
@@ -25,10 +25,11 @@ use crate::identity::Identity;
 use crate::late::Late;
 use crate::limits::{
     BACKING_FD, BYTES_PER_S, CONTROL_FD, FUSE_CLONE_FD, FUSE_FD, OPS_PER_S, SECRET_HEAP_BYTES,
-    TEMPLATE_FD, VOLUME_MAX_MB, WORKERS,
+    TAGS_FD, TEMPLATE_FD, VOLUME_MAX_MB, WORKERS,
 };
 use crate::object::Object;
 use crate::sandbox;
+use crate::sidecar::Witness;
 
 /// From the command line: nothing that is a workspace's.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,11 +69,14 @@ pub fn run(args: impl IntoIterator<Item = String>) -> Result<(), DiskError> {
     abort_on_panic();
     let arguments = Arguments::parse(args)?;
     let inherited = Inherited::take()?;
-    let control = Control::new(inherited.control);
+    let teller = Arc::new(Teller {
+        control: Control::new(inherited.control),
+        witness: OnceLock::new(),
+    });
     let key = SecretKey::generate();
-    let result = confined(&arguments, &control, inherited.fuse, &key);
+    let result = confined(&arguments, &teller, inherited.fuse, &key);
     if let Err(error) = &result {
-        control.send(&FromDisk::Failed {
+        teller.control.send(&FromDisk::Failed {
             code: error.code(),
             message: error.to_string(),
         })?;
@@ -83,15 +87,17 @@ pub fn run(args: impl IntoIterator<Item = String>) -> Result<(), DiskError> {
 /// The life inside the sandbox: all that comes from outside is read here.
 fn confined(
     arguments: &Arguments,
-    control: &Control,
+    teller: &Arc<Teller>,
     fuse: [Arc<File>; WORKERS],
     key: &SecretKey,
 ) -> Result<(), DiskError> {
+    let control = &teller.control;
     let limiter = Limiter::new(*BYTES_PER_S.end(), *OPS_PER_S.end());
     let serving = Arc::new(Serving::new(arguments.uid, limiter));
     let content = Late::<Object<File>>::default();
     for device in fuse {
-        start_worker(device, content.clone(), Arc::clone(&serving))?;
+        let serving = Arc::clone(&serving);
+        start_worker(device, content.clone(), serving, Arc::clone(teller))?;
     }
     sandbox::enter()?;
     control.send(&FromDisk::Hello {
@@ -105,40 +111,78 @@ fn confined(
         return Ok(());
     };
     serving.limit(files.bytes_per_s, files.ops_per_s);
-    let object = open(files, &opened)?;
+    let object = open(files, &opened, teller)?;
     drop(opened);
     content.begin(object.clone());
     control.send(&FromDisk::Ready {
         size_bytes: object.size_bytes(),
     })?;
-    let asked = control.receive();
-    serving
-        .close(&object)
-        .map_err(DiskError::io("syncing the volume"))?;
-    match asked? {
-        None | Some(ToDisk::Close) => Ok(()),
-        Some(_) => Err(out_of_turn()),
+    let asked = loop {
+        match control.receive() {
+            Ok(Some(ToDisk::Anchor)) => teller.anchor(&object)?,
+            Ok(None | Some(ToDisk::Close)) => break Ok(()),
+            Ok(Some(_)) => break Err(out_of_turn()),
+            Err(error) => break Err(error),
+        }
+    };
+    teller.end(&serving, &object)?;
+    asked
+}
+
+/// Tells warden how far the disk has got.
+struct Teller {
+    control: Control,
+    /// Once there is a key.
+    witness: OnceLock<Witness>,
+}
+
+impl Teller {
+    fn anchor(&self, object: &Object<File>) -> Result<(), DiskError> {
+        let report = object
+            .volume()
+            .anchor()
+            .map_err(DiskError::io("syncing the volume"))?;
+        let (Some(report), Some(witness)) = (report, self.witness.get()) else {
+            return Ok(());
+        };
+        self.control.send(&FromDisk::Anchor(Anchored {
+            statement: witness.statement(&report),
+            refused: report.refused,
+            first_refused: report.first_refused,
+        }))
+    }
+
+    /// Shuts the gate, makes all durable and says how far that is.
+    fn end(&self, serving: &Serving, object: &Object<File>) -> Result<(), DiskError> {
+        serving
+            .close(object)
+            .and_then(|()| object.volume().close())
+            .map_err(DiskError::io("syncing the volume"))?;
+        self.anchor(object)
     }
 }
 
 /// The file that the opened grant is for.
-fn open(files: Files, opened: &Opened) -> Result<Object<File>, DiskError> {
+fn open(files: Files, opened: &Opened, teller: &Teller) -> Result<Object<File>, DiskError> {
     let grant = Grant::parse(&opened.grant)?;
     let size_bytes = u64::from(files.size_mb) << 20;
     let volume = open_or_format(
         files.backing,
-        None,
+        Some(files.tags),
         files.template.as_ref(),
         &grant,
         opened.format,
         size_bytes,
     )?;
+    let witness = Witness::new(grant.disk_key.expose(), grant.workspace.clone());
+    let _first = teller.witness.set(witness);
     Ok(Object::new(Identity::new(&grant)?, volume))
 }
 
 /// What warden sent for the workspace that this process is to serve.
 struct Files {
     backing: File,
+    tags: File,
     template: Option<File>,
     size_mb: u32,
     bytes_per_s: u64,
@@ -158,12 +202,15 @@ fn receive_files(control: &Control) -> Result<Option<Files>, DiskError> {
             },
             fds,
         )) => (size_mb, bytes_per_s, ops_per_s, fds),
-        Some((ToDisk::Grant { .. }, _)) => return Err(out_of_turn()),
+        Some((ToDisk::Grant { .. } | ToDisk::Anchor, _)) => return Err(out_of_turn()),
     };
     // The sandbox knows files by these numbers.
     let numbers: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
-    if !matches!(numbers[..], [BACKING_FD] | [BACKING_FD, TEMPLATE_FD]) {
-        return wrong("files", "must be one or two");
+    if !matches!(
+        numbers[..],
+        [BACKING_FD, TAGS_FD] | [BACKING_FD, TAGS_FD, TEMPLATE_FD]
+    ) {
+        return wrong("files", "must be two or three");
     }
     if !(1..=VOLUME_MAX_MB).contains(&size_mb) {
         return wrong("size_mb", "out of bounds");
@@ -175,11 +222,12 @@ fn receive_files(control: &Control) -> Result<Option<Files>, DiskError> {
         return wrong("ops_per_s", "out of bounds");
     }
     let mut fds = fds.into_iter().map(File::from);
-    let Some(backing) = fds.next() else {
+    let (Some(backing), Some(tags)) = (fds.next(), fds.next()) else {
         return wrong("files", "none");
     };
     Ok(Some(Files {
         backing,
+        tags,
         template: fds.next(),
         size_mb,
         bytes_per_s,
@@ -212,7 +260,7 @@ fn receive_grant(control: &Control, key: &SecretKey) -> Result<Option<Opened>, D
             grant: grant::open(key, &sealed, &aad)?,
             format,
         })),
-        Some(ToDisk::Open { .. }) => Err(out_of_turn()),
+        Some(ToDisk::Open { .. } | ToDisk::Anchor) => Err(out_of_turn()),
     }
 }
 
@@ -221,6 +269,7 @@ fn start_worker(
     device: Arc<File>,
     content: Late<Object<File>>,
     serving: Arc<Serving>,
+    teller: Arc<Teller>,
 ) -> Result<(), DiskError> {
     let ended = |why: String| DiskError::Sandbox {
         operation: "thread",
@@ -236,23 +285,31 @@ fn start_worker(
                 return;
             }
             let worker = Worker::new(device, content.clone(), Arc::clone(&serving));
-            serve(worker, &content, &serving);
+            serve(worker, &content, &serving, &teller);
         })
         .map_err(|why| ended(why.to_string()))?;
     confined.recv().map_err(|why| ended(why.to_string()))?
 }
 
 /// Serves until the mount is gone; then there is nothing left to do for the whole process.
-fn serve(mut worker: Worker<Late<Object<File>>>, content: &Late<Object<File>>, serving: &Serving) {
+fn serve(
+    mut worker: Worker<Late<Object<File>>>,
+    content: &Late<Object<File>>,
+    serving: &Serving,
+    teller: &Teller,
+) {
     let result = match worker.serve() {
         Ok(End::Closed) => return, // Whoever closed it ends the process.
         Ok(End::MountGone) => Ok(()),
-        Err(error) => Err(error),
+        Err(error) => Err(DiskError::io("serving")(error)),
     };
-    let code = match result.and(serving.close(content)) {
+    let ended = content
+        .get()
+        .map_or(Ok(()), |object| teller.end(serving, object));
+    let code = match result.and(ended) {
         Ok(()) => 0,
         Err(error) => {
-            eprintln!("casemate-disk: serving: {error}");
+            eprintln!("casemate-disk: {error}");
             1
         }
     };

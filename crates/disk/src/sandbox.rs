@@ -17,7 +17,9 @@ use seccompiler::{
 };
 
 use crate::DiskError;
-use crate::limits::{BACKING_FD, CONTROL_FD, FUSE_CLONE_FD, FUSE_FD, STDERR_FD, TEMPLATE_FD};
+use crate::limits::{
+    BACKING_FD, CONTROL_FD, FUSE_CLONE_FD, FUSE_FD, STDERR_FD, TAGS_FD, TEMPLATE_FD,
+};
 
 /// The oldest Landlock that has all rights and scopes that are closed here (Linux 6.12).
 const LANDLOCK: ABI = ABI::V6;
@@ -73,16 +75,19 @@ const ALLOWED: &[(libc::c_long, When)] = &[
     // Requests and answers.
     (libc::SYS_read, When::Fd(&[FUSE_FD, FUSE_CLONE_FD])),
     (libc::SYS_writev, When::Fd(&[FUSE_FD, FUSE_CLONE_FD])),
-    // Ciphertext, and the template.
-    (libc::SYS_pread64, When::Fd(&[BACKING_FD, TEMPLATE_FD])),
-    (libc::SYS_pwrite64, When::Fd(&[BACKING_FD])),
+    // Ciphertext, tags, and the template.
+    (
+        libc::SYS_pread64,
+        When::Fd(&[BACKING_FD, TAGS_FD, TEMPLATE_FD]),
+    ),
+    (libc::SYS_pwrite64, When::Fd(&[BACKING_FD, TAGS_FD])),
     (libc::SYS_fallocate, When::Fd(&[BACKING_FD])), // Holes.
-    (libc::SYS_ftruncate, When::Fd(&[BACKING_FD])), // A new or larger volume.
+    (libc::SYS_ftruncate, When::Fd(&[BACKING_FD, TAGS_FD])), // New, or larger.
     (libc::SYS_sync_file_range, When::Fd(&[BACKING_FD])), // Written data begins to go out.
-    (libc::SYS_fdatasync, When::Fd(&[BACKING_FD])),
+    (libc::SYS_fdatasync, When::Fd(&[BACKING_FD, TAGS_FD])),
     (libc::SYS_lseek, When::Fd(&[BACKING_FD, TEMPLATE_FD])), // Length; where the data is.
     // Warden.
-    (libc::SYS_recvmsg, When::Fd(&[CONTROL_FD])), // With the backing file and the template.
+    (libc::SYS_recvmsg, When::Fd(&[CONTROL_FD])), // With the files.
     (libc::SYS_sendto, When::Fd(&[CONTROL_FD])),
     (libc::SYS_close, When::Always), // The template, when it is copied.
     (libc::SYS_fcntl, When::GetFd),  // The standard library's check before it, in debug builds.

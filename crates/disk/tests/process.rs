@@ -1,325 +1,23 @@
 //! The process as warden runs it: a real mount, attached nowhere, and a file opened through it.
 //! Needs root.
 #![allow(clippy::unwrap_used)]
-#![allow(unsafe_code)] // Handing descriptors to a child under fixed numbers.
+
+mod world;
 
 use std::fs::File;
-use std::io::{self, IoSlice};
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
-use std::os::unix::process::CommandExt;
-use std::process::{Child, Command};
-use std::time::{Duration, Instant};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::time::Instant;
 
 use api::disk::{FromDisk, ToDisk};
-use base64::Engine as _;
-use rustix::event::{PollFd, PollFlags, poll};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
-use rustix::net::{
-    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags,
-    SocketType,
-};
-
-const UID: u32 = 900_123;
-const DISK_UID: u32 = 910_123;
-const SIZE_MB: u64 = 64;
-const VOLUME: u64 = 1 << 20;
-const DEADLINE: Duration = Duration::from_secs(30);
-const DISK_KEY: [u8; 32] = [0x11; 32];
-
-/// A running disk process and the far ends of what it was given.
-struct Disk {
-    child: Child,
-    control: Option<OwnedFd>,
-    mount: Option<OwnedFd>,
-}
-
-/// How it is started.
-#[derive(Clone)]
-struct Plan {
-    bytes_per_s: u64,
-    ops_per_s: u64,
-    format: bool,
-    second_queue: SecondQueue,
-    disk_key: [u8; 32],
-}
-
-/// What descriptor 5 is.
-#[derive(Clone, Copy)]
-enum SecondQueue {
-    None,
-    ToJoin,
-    Joined,
-}
-
-impl Default for Plan {
-    fn default() -> Self {
-        Self {
-            bytes_per_s: 1 << 40,
-            ops_per_s: 100_000_000,
-            format: false,
-            second_queue: SecondQueue::ToJoin,
-            disk_key: DISK_KEY,
-        }
-    }
-}
-
-impl Disk {
-    fn spawn(plan: &Plan) -> Self {
-        let kind = SocketType::SEQPACKET;
-        let (control, theirs) =
-            rustix::net::socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None).unwrap();
-        let fuse = open_fuse();
-        let mount = fuse_mount(&fuse);
-        let second = match plan.second_queue {
-            SecondQueue::None => None,
-            SecondQueue::ToJoin => Some(open_fuse()),
-            SecondQueue::Joined => Some(clone_queue(&fuse)),
-        };
-        let given = [
-            (3, theirs.as_raw_fd()),
-            (4, fuse.as_raw_fd()),
-            (5, second.as_ref().map_or(-1, AsRawFd::as_raw_fd)),
-        ];
-        let mut command = Command::new(env!("CARGO_BIN_EXE_casemate-disk"));
-        command
-            .arg("--uid")
-            .arg(UID.to_string())
-            .uid(DISK_UID)
-            .gid(DISK_UID);
-        // SAFETY: only calls that are safe after a fork: fcntl, dup2 and close.
-        unsafe {
-            command.pre_exec(move || {
-                // First out of the way, so that no number is taken from another one.
-                let high = given.map(|(_, fd)| libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 100));
-                for ((to, _), from) in given.into_iter().zip(high) {
-                    if from < 0 {
-                        libc::close(to);
-                    } else if libc::dup2(from, to) < 0 {
-                        return Err(io::Error::last_os_error());
-                    }
-                }
-                Ok(())
-            });
-        }
-        let child = command.spawn().unwrap();
-        Self {
-            child,
-            control: Some(control),
-            mount: Some(mount),
-        }
-    }
-
-    /// Spawned and granted its key; its answer.
-    fn start(backing: &File, template: Option<&File>, plan: &Plan) -> (Self, FromDisk) {
-        let disk = Self::spawn(plan);
-        let FromDisk::Hello { hpke_pub } = disk.receive() else {
-            panic!("no hello")
-        };
-        disk.send_files(backing, template, plan);
-        disk.send(&grant(&hpke_pub, plan));
-        let answer = disk.receive();
-        (disk, answer)
-    }
-
-    fn started(backing: &File, template: Option<&File>, plan: &Plan) -> Self {
-        let (disk, answer) = Self::start(backing, template, plan);
-        match answer {
-            FromDisk::Ready { size_bytes } => assert_eq!(size_bytes, VOLUME + (SIZE_MB << 20)),
-            other => panic!("{other:?}"),
-        }
-        disk
-    }
-
-    fn send(&self, message: &ToDisk) {
-        let text = serde_json::to_vec(message).unwrap();
-        rustix::net::send(self.control(), &text, SendFlags::NOSIGNAL).unwrap();
-    }
-
-    fn send_files(&self, backing: &File, template: Option<&File>, plan: &Plan) {
-        let text = serde_json::to_vec(&ToDisk::Open {
-            size_mb: SIZE_MB.try_into().unwrap(),
-            bytes_per_s: plan.bytes_per_s,
-            ops_per_s: plan.ops_per_s,
-        })
-        .unwrap();
-        let files: Vec<_> = [Some(backing), template]
-            .into_iter()
-            .flatten()
-            .map(AsFd::as_fd)
-            .collect();
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
-        let mut with = SendAncillaryBuffer::new(&mut space);
-        assert!(with.push(SendAncillaryMessage::ScmRights(&files)));
-        let (to, text) = (self.control(), [IoSlice::new(&text)]);
-        rustix::net::sendmsg(to, &text, &mut with, SendFlags::NOSIGNAL).unwrap();
-    }
-
-    fn control(&self) -> &OwnedFd {
-        self.control.as_ref().unwrap()
-    }
-
-    fn receive(&self) -> FromDisk {
-        let mut buf = vec![0; 65_536];
-        let mut wait = [PollFd::new(self.control(), PollFlags::IN)];
-        let deadline = rustix::time::Timespec::try_from(DEADLINE).unwrap();
-        assert_eq!(
-            poll(&mut wait, Some(&deadline)).unwrap(),
-            1,
-            "no message in time"
-        );
-        let (_, len) = rustix::net::recv(self.control(), &mut buf[..], RecvFlags::empty()).unwrap();
-        assert!(len > 0, "the process is gone");
-        serde_json::from_slice(&buf[..len]).unwrap()
-    }
-
-    /// Opens the file as the VMM's user, in a thread of its own with that user's ids.
-    fn open(&self) -> io::Result<File> {
-        let path = format!("/proc/self/fd/{}", self.mount.as_ref().unwrap().as_raw_fd());
-        as_uid(UID, move || {
-            File::options()
-                .read(true)
-                .write(true)
-                .custom_flags(libc::O_CLOEXEC)
-                .open(path)
-        })
-    }
-
-    fn close(mut self) {
-        self.send(&ToDisk::Close);
-        let status = wait(&mut self.child);
-        assert!(status.success(), "{status}");
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        let _gone_already = self.child.kill();
-        let _status = self.child.wait();
-    }
-}
-
-fn wait(child: &mut Child) -> std::process::ExitStatus {
-    // SAFETY: a new descriptor for our own child.
-    let pidfd = unsafe {
-        let fd = libc::syscall(libc::SYS_pidfd_open, child.id(), 0);
-        assert!(fd >= 0);
-        OwnedFd::from_raw_fd(i32::try_from(fd).unwrap())
-    };
-    let mut events = [PollFd::new(&pidfd, PollFlags::IN)];
-    let deadline = rustix::time::Timespec::try_from(DEADLINE).unwrap();
-    assert_eq!(
-        poll(&mut events, Some(&deadline)).unwrap(),
-        1,
-        "it does not end"
-    );
-    child.wait().unwrap()
-}
-
-/// Runs `work` on a thread whose user is `uid`; the process stays root.
-fn as_uid<T: Send + 'static>(uid: u32, work: impl FnOnce() -> T + Send + 'static) -> T {
-    std::thread::spawn(move || {
-        // SAFETY: the raw calls change this thread's ids only (libc's would change all threads').
-        unsafe {
-            assert_eq!(libc::syscall(libc::SYS_setresgid, uid, uid, uid), 0);
-            assert_eq!(libc::syscall(libc::SYS_setresuid, uid, uid, uid), 0);
-        }
-        work()
-    })
-    .join()
-    .unwrap()
-}
-
-fn open_fuse() -> OwnedFd {
-    File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/fuse")
-        .unwrap()
-        .into()
-}
-
-fn fuse_mount(fuse: &OwnedFd) -> OwnedFd {
-    let fs = rustix::mount::fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC).unwrap();
-    for (name, value) in [
-        ("source", "casemate-test".to_owned()),
-        ("fd", fuse.as_raw_fd().to_string()),
-        ("rootmode", "100000".to_owned()),
-        ("user_id", UID.to_string()),
-        ("group_id", UID.to_string()),
-    ] {
-        rustix::mount::fsconfig_set_string(&fs, name, value).unwrap();
-    }
-    rustix::mount::fsconfig_create(&fs).unwrap();
-    let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
-    rustix::mount::fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attributes).unwrap()
-}
-
-fn clone_queue(fuse: &OwnedFd) -> OwnedFd {
-    let clone = open_fuse();
-    let source = fuse.as_raw_fd();
-    // SAFETY: FUSE_DEV_IOC_CLONE reads one u32, which outlives the call.
-    let done = unsafe { libc::ioctl(clone.as_raw_fd(), 0x8004_e500, &raw const source) };
-    assert_eq!(done, 0);
-    clone
-}
-
-fn grant(hpke_pub: &str, plan: &Plan) -> ToDisk {
-    let grant = serde_json::to_vec(&api::kms::Grant {
-        workspace: "ws_0123456789abcdef".parse().unwrap(),
-        start_id: "st_0123456789abcdef".parse().unwrap(),
-        run: 1,
-        anchor: None,
-        purpose: model::Purpose::Disk,
-        disk_key: hex::encode(plan.disk_key),
-        identity_seed: "1b".repeat(32),
-        config_digest: "2c".repeat(32),
-        mint_key: "3d".repeat(32),
-        gateway_key: "4e".repeat(32),
-        edge_key: "5f".repeat(32),
-    })
-    .unwrap();
-    let (to, aad) = (seal::hpke::PublicKey::from_hex(hpke_pub).unwrap(), [9; 32]);
-    let sealed = seal::hpke::seal(&to, api::context::RELEASE.as_bytes(), &aad, &grant);
-    ToDisk::Grant {
-        sealed: base64::engine::general_purpose::STANDARD.encode(sealed),
-        aad: hex::encode(aad),
-        format: plan.format,
-    }
-}
-
-fn fresh() -> Plan {
-    Plan {
-        format: true,
-        ..Plan::default()
-    }
-}
-
-fn file_with(content: &[(u64, &[u8])], len: u64) -> File {
-    let file = tempfile::tempfile().unwrap();
-    file.set_len(len).unwrap();
-    for (offset, bytes) in content {
-        file.write_all_at(bytes, *offset).unwrap();
-    }
-    file
-}
-
-fn read(file: &File, offset: u64, len: usize) -> Vec<u8> {
-    let mut out = vec![0; len];
-    file.read_exact_at(&mut out, offset).unwrap();
-    out
-}
-
-fn holds(file: &File, needle: &[u8]) -> bool {
-    let all = read(file, 0, file.metadata().unwrap().len() as usize);
-    all.windows(needle.len()).any(|window| window == needle)
-}
+use world::*;
 
 #[test]
 fn i8_written_data_is_there_after_a_new_start_and_only_ciphertext_at_rest() {
     let canary = b"the quick brown canary 8b51b4a1";
-    let backing = tempfile::tempfile().unwrap();
+    let backing = at_rest();
     let template = file_with(
         &[(0, b"template superblock"), (8 << 20, &[7; 10_000])],
         32 << 20,
@@ -374,7 +72,7 @@ fn i8_written_data_is_there_after_a_new_start_and_only_ciphertext_at_rest() {
 
 #[test]
 fn the_file_is_opened_once_and_by_its_owner_only() {
-    let backing = tempfile::tempfile().unwrap();
+    let backing = at_rest();
     let disk = Disk::started(&backing, None, &fresh());
     let path = format!("/proc/self/fd/{}", disk.mount.as_ref().unwrap().as_raw_fd());
     let open_as = |uid: u32| {
@@ -399,7 +97,7 @@ fn the_file_is_opened_once_and_by_its_owner_only() {
 
 #[test]
 fn without_a_volume_the_file_is_empty_and_then_it_is_there() {
-    let backing = tempfile::tempfile().unwrap();
+    let backing = at_rest();
     let disk = Disk::spawn(&fresh());
     let FromDisk::Hello { hpke_pub } = disk.receive() else {
         panic!("no hello")
@@ -429,7 +127,7 @@ fn without_a_volume_the_file_is_empty_and_then_it_is_there() {
 #[test]
 fn messages_out_of_turn_or_without_files_end_the_process() {
     for files in [0, 3] {
-        let file = tempfile::tempfile().unwrap();
+        let file = at_rest();
         let mut disk = Disk::spawn(&fresh());
         assert!(matches!(disk.receive(), FromDisk::Hello { .. }));
         if files == 0 {
@@ -463,21 +161,22 @@ fn messages_out_of_turn_or_without_files_end_the_process() {
 
 #[test]
 fn discarded_ranges_are_zeros_and_take_no_space() {
-    let backing = tempfile::tempfile().unwrap();
+    let backing = at_rest();
     let disk = Disk::started(&backing, None, &fresh());
     let file = disk.open().unwrap();
     let at = VOLUME + (4 << 20);
-    file.write_all_at(&[0xab; 1 << 20], at).unwrap();
+    file.write_all_at(&vec![0xab; 2 << 20], at).unwrap();
     file.sync_data().unwrap();
     let before = backing.metadata().unwrap().blocks();
     let flags = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
-    rustix::fs::fallocate(&file, flags, at + 100, (1 << 20) - 200).unwrap();
+    // Above 1 MiB, so that it is a hole and not zeros.
+    rustix::fs::fallocate(&file, flags, at + 100, (2 << 20) - 200).unwrap();
     assert_eq!(read(&file, at, 100), [0xab; 100]);
     assert_eq!(
-        read(&file, at + 100, (1 << 20) - 200),
-        vec![0; (1 << 20) - 200]
+        read(&file, at + 100, (2 << 20) - 200),
+        vec![0; (2 << 20) - 200]
     );
-    assert_eq!(read(&file, at + (1 << 20) - 100, 100), [0xab; 100]);
+    assert_eq!(read(&file, at + (2 << 20) - 100, 100), [0xab; 100]);
     assert!(backing.metadata().unwrap().blocks() < before - 1000);
 
     file.write_all_at(&[0xcd; 8192], at).unwrap();
@@ -493,9 +192,9 @@ fn discarded_ranges_are_zeros_and_take_no_space() {
 
 #[test]
 fn failures_have_their_code_and_end_the_process() {
-    let backing = tempfile::tempfile().unwrap();
+    let backing = at_rest();
     Disk::started(&backing, None, &fresh()).close();
-    let failed = |backing: &File, plan: &Plan, with_template: Option<&File>| {
+    let failed = |backing: &AtRest, plan: &Plan, with_template: Option<&File>| {
         let (mut disk, answer) = Disk::start(backing, with_template, plan);
         let FromDisk::Failed { code, message } = answer else {
             panic!("{answer:?}")
@@ -504,19 +203,19 @@ fn failures_have_their_code_and_end_the_process() {
         assert!(!message.contains("1111"), "{message}");
         code
     };
-    use api::ErrorCode::{DiskCorrupt, KeyRefused};
+    use api::ErrorCode::{DiskCorrupt, DiskTampered, KeyRefused};
     let other = Plan {
         disk_key: [0x22; 32],
         ..Plan::default()
     };
-    assert_eq!(failed(&backing, &other, None), KeyRefused);
+    assert_eq!(failed(&backing, &other, None), DiskTampered);
     assert_eq!(
         failed(&backing, &fresh(), None),
         DiskCorrupt,
         "never over a volume"
     );
-    let blank = tempfile::tempfile().unwrap();
-    assert_eq!(failed(&blank, &Plan::default(), None), DiskCorrupt);
+    let blank = at_rest();
+    assert_eq!(failed(&blank, &Plan::default(), None), DiskTampered);
     let huge = file_with(&[(0, b"x")], (SIZE_MB + 1) << 20);
     assert_eq!(failed(&blank, &fresh(), Some(&huge)), DiskCorrupt);
     assert!(blank.metadata().unwrap().len() == 0 || !holds(&blank, b"LUKS\xba\xbe"));
@@ -536,7 +235,7 @@ fn failures_have_their_code_and_end_the_process() {
 
 #[test]
 fn a_killed_process_ends_the_mount_and_keeps_what_was_synced() {
-    let backing = tempfile::tempfile().unwrap();
+    let backing = at_rest();
     let mut disk = Disk::started(&backing, None, &fresh());
     let file = disk.open().unwrap();
     file.write_all_at(b"kept", VOLUME).unwrap();
@@ -562,7 +261,7 @@ fn a_killed_process_ends_the_mount_and_keeps_what_was_synced() {
 
 #[test]
 fn it_ends_by_itself_when_warden_or_the_mount_is_gone() {
-    let backing = tempfile::tempfile().unwrap();
+    let backing = at_rest();
     let mut disk = Disk::started(&backing, None, &fresh());
     let file = disk.open().unwrap();
     file.write_all_at(b"written, not synced", VOLUME).unwrap();
@@ -579,7 +278,7 @@ fn it_ends_by_itself_when_warden_or_the_mount_is_gone() {
 
 #[test]
 fn it_serves_inside_its_sandbox() {
-    let backing = tempfile::tempfile().unwrap();
+    let backing = at_rest();
     let disk = Disk::started(&backing, None, &fresh());
     let proc = format!("/proc/{}", disk.child.id());
     let mut threads = 0;
@@ -596,14 +295,83 @@ fn it_serves_inside_its_sandbox() {
         .map(|fd| fd.unwrap().file_name().into_string().unwrap())
         .collect();
     open.sort();
-    assert_eq!(open, ["0", "1", "2", "3", "4", "5", "6"]);
+    assert_eq!(open, ["0", "1", "2", "3", "4", "5", "6", "7"]);
     disk.close();
+}
+
+#[test]
+fn it_says_how_far_the_disk_has_got_when_asked_and_at_its_end_whatever_the_reason() {
+    let backing = at_rest();
+    let disk = Disk::started(&backing, None, &fresh());
+    let file = disk.open().unwrap();
+    let ask = || {
+        disk.send(&ToDisk::Anchor);
+        disk.anchored().statement
+    };
+    let first = ask();
+    assert_eq!(ask(), first, "nothing was written");
+    file.write_all_at(&[1; 4096], VOLUME).unwrap();
+    file.sync_data().unwrap();
+    let second = ask();
+    let order = |s: &api::kms::AnchorStatement| (s.anchor.run, s.anchor.batch);
+    assert!(order(&second) > order(&first));
+    assert_ne!(second.mac, first.mac);
+    file.write_all_at(&[2; 4096], VOLUME).unwrap();
+    drop(file);
+    let last = disk.close();
+    assert!(
+        order(&last.statement) > order(&second),
+        "with what was not flushed"
+    );
+    assert_eq!((last.refused, last.first_refused), (0, None));
+
+    // Of that state, and of no older one, it opens; and the mount's end is an end as well.
+    let plan = Plan {
+        anchor: Some(last.statement.anchor.clone()),
+        ..Plan::default()
+    };
+    let mut disk = Disk::started(&backing, None, &plan);
+    let file = disk.open().unwrap();
+    assert_eq!(read(&file, VOLUME, 1), [2]);
+    file.write_all_at(&[3; 4096], VOLUME).unwrap();
+    drop(file);
+    disk.mount = None;
+    assert!(wait(&mut disk.child).success());
+    let end = disk.anchored();
+    assert!(order(&end.statement) > order(&last.statement));
+}
+
+#[test]
+fn what_was_changed_at_rest_is_not_answered_and_is_counted() {
+    let backing = at_rest();
+    let disk = Disk::started(&backing, None, &fresh());
+    let file = disk.open().unwrap();
+    file.write_all_at(&[1; 64 << 10], VOLUME + (8 << 20))
+        .unwrap();
+    drop(file);
+    disk.close();
+    let at = disk::limits::DATA_OFFSET_BYTES + (8 << 20) + 3 * 4096 + 77;
+    let mut byte = [0];
+    backing.read_exact_at(&mut byte, at).unwrap();
+    backing.write_all_at(&[byte[0] ^ 1], at).unwrap();
+
+    let disk = Disk::started(&backing, None, &Plan::default());
+    let file = disk.open().unwrap();
+    let read_at = |sector: u64| file.read_at(&mut [0; 4096], VOLUME + (8 << 20) + sector * 4096);
+    assert_eq!(read_at(2).unwrap(), 4096);
+    assert_eq!(read_at(3).unwrap_err().raw_os_error(), Some(libc::EIO));
+    disk.send(&ToDisk::Anchor);
+    let said = disk.anchored();
+    assert_eq!(
+        (said.refused, said.first_refused),
+        (1, Some((8 << 20) / 4096 + 3))
+    );
 }
 
 /// What root can read of the process while it serves: no key, nor the guest's identity.
 #[test]
 fn no_secret_is_in_its_readable_memory() {
-    let backing = tempfile::tempfile().unwrap();
+    let backing = at_rest();
     let disk_key: [u8; 32] = seal::random::bytes();
     let plan = Plan {
         disk_key,
@@ -620,7 +388,7 @@ fn no_secret_is_in_its_readable_memory() {
     );
     let workspace = "ws_0123456789abcdef".parse().unwrap();
     let disk_key_in_memory = disk::luks2::DiskKey::from_slice(&disk_key).unwrap();
-    let key = disk::luks2::open(&backing, &disk_key_in_memory, &workspace).unwrap();
+    let key = disk::luks2::open(&backing.volume, &disk_key_in_memory, &workspace).unwrap();
     let secrets: [(&str, Vec<u8>); 6] = [
         ("disk key", disk_key.to_vec()),
         ("passphrase", hex::encode(disk_key).into()),
@@ -674,7 +442,7 @@ fn readable_memory(pid: u32) -> Vec<Vec<u8>> {
 #[test]
 fn one_queue_is_enough_and_the_second_may_be_joined_already() {
     for second_queue in [SecondQueue::None, SecondQueue::ToJoin, SecondQueue::Joined] {
-        let backing = tempfile::tempfile().unwrap();
+        let backing = at_rest();
         let disk = Disk::started(
             &backing,
             None,
@@ -703,7 +471,7 @@ fn one_queue_is_enough_and_the_second_may_be_joined_already() {
 /// DSK-5. Not a time that must be kept, but one that can't be undercut.
 #[test]
 fn the_rates_hold() {
-    let backing = tempfile::tempfile().unwrap();
+    let backing = at_rest();
     Disk::started(&backing, None, &fresh()).close();
     for (plan, bytes, ops) in [
         (
@@ -741,8 +509,8 @@ fn the_rates_hold() {
     }
 }
 
-/// A file on a tmpfs of so many bytes, attached nowhere.
-fn file_on_small_storage(size_bytes: u64) -> File {
+/// Two files on a tmpfs of so many bytes, attached nowhere.
+fn file_on_small_storage(size_bytes: u64) -> (File, File) {
     let fs = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).unwrap();
     rustix::mount::fsconfig_set_string(&fs, "size", size_bytes.to_string()).unwrap();
     rustix::mount::fsconfig_create(&fs).unwrap();
@@ -752,33 +520,43 @@ fn file_on_small_storage(size_bytes: u64) -> File {
         rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CREATE,
         0o600.into(),
     );
-    rustix::fs::openat(&mount, "disk", flags, mode)
-        .unwrap()
-        .into()
+    let open = |name| {
+        rustix::fs::openat(&mount, name, flags, mode)
+            .unwrap()
+            .into()
+    };
+    (open("disk"), open("filler"))
 }
 
 #[test]
 fn full_storage_is_enospc_to_the_guest_and_its_own_code_to_warden() {
-    let tiny = file_on_small_storage(100 << 10);
+    let tiny = at_rest_in(file_on_small_storage(100 << 10).0);
     let (_disk, answer) = Disk::start(&tiny, None, &fresh());
     let FromDisk::Failed { code, .. } = answer else {
         panic!("{answer:?}")
     };
     assert_eq!(code, api::ErrorCode::StorageFull);
 
-    let backing = file_on_small_storage(4 << 20);
+    let (volume, filler) = file_on_small_storage(24 << 20);
+    filler.set_len(0).unwrap();
+    rustix::fs::fallocate(&filler, rustix::fs::FallocateFlags::empty(), 0, 20 << 20).unwrap();
+    let backing = at_rest_in(volume);
     let disk = Disk::started(&backing, None, &fresh());
     let file = disk.open().unwrap();
     file.write_all_at(b"kept", VOLUME).unwrap();
+    // More than waits in the process's memory.
     let full = file
-        .write_all_at(&vec![1; 8 << 20], VOLUME + (8 << 20))
+        .write_all_at(&vec![1; 18 << 20], VOLUME + (8 << 20))
         .unwrap_err();
     assert_eq!(full.raw_os_error(), Some(libc::ENOSPC));
-    let flags = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
-    rustix::fs::fallocate(&file, flags, VOLUME + (8 << 20), 8 << 20).unwrap();
+    let full = file.sync_data().unwrap_err();
+    assert_eq!(full.raw_os_error(), Some(libc::ENOSPC));
+    // Nothing is lost: when there is room again, it goes on.
+    filler.set_len(0).unwrap();
     file.write_all_at(&[2; 1 << 20], VOLUME + (1 << 20))
         .unwrap();
     file.sync_data().unwrap();
+    assert_eq!(read(&file, VOLUME + (1 << 20), 4), [2; 4]);
     assert_eq!(&read(&file, VOLUME, 4), b"kept");
     drop(file);
     disk.close();

@@ -4,8 +4,8 @@
 use crate::fleet::{Shape, Spare};
 use crate::images;
 use crate::limits::{
-    APPLY_WAIT_MAX_MS, CHANGES_WAIT_MAX_MS, RETRY_AFTER, VMCTL_SILENT_MAX, WATCH_EVERY,
-    WORKSPACES_MAX,
+    ANCHOR_RETRY_AFTER, APPLY_WAIT_MAX_MS, CHANGES_WAIT_MAX_MS, RETRY_AFTER, VMCTL_SILENT_MAX,
+    WATCH_EVERY, WORKSPACES_MAX,
 };
 use crate::workspace::{Found, Gone, Handle, Place, Shared, Workspace, blocking};
 use api::host::{ACTIVE_MAX, Actual, ActualState, Desired, Idle, Info, Op};
@@ -117,6 +117,19 @@ impl Host {
         tasks.spawn(async move {
             tokio::select! {
                 () = host.watch() => {}
+                _ = stopped.wait_for(|s| *s) => {}
+            }
+        });
+        let (shared, mut stopped) = (Arc::clone(&self.shared), stop.clone());
+        tasks.spawn(async move {
+            let again = async {
+                loop {
+                    tokio::time::sleep(ANCHOR_RETRY_AFTER).await;
+                    shared.anchors.flush(None).await;
+                }
+            };
+            tokio::select! {
+                () = again => {}
                 _ = stopped.wait_for(|s| *s) => {}
             }
         });

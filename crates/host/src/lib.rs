@@ -3,6 +3,7 @@
 //! ```text
 //! control ──Apply──▶ host ──ids──▶ warden     slots, disks, rules
 //! edge ◀──Changes──   │  ──lease─▶ kms        sealed key, carried unopened
+//!                     │  ◀─anchor─ warden ─▶ kms: how far a disk has got, carried unchanged
 //!                     └──────────▶ vmctl      one VM's power
 //! ```
 //!
@@ -11,6 +12,7 @@
 #![forbid(unsafe_code)]
 
 pub mod activity;
+pub mod anchors;
 pub mod desired;
 pub mod feed;
 pub mod fleet;
@@ -23,6 +25,7 @@ pub mod peers;
 mod save;
 pub mod workspace;
 
+use anchors::Anchors;
 use anyhow::Context as _;
 use desired::Store;
 use feed::Feed;
@@ -67,11 +70,12 @@ pub async fn run(
     };
     let shared = Arc::new(Shared {
         fleet: Fleet::new(peers.clone(), bounds),
-        peers,
+        peers: peers.clone(),
         feed: Feed::new(clock.now_ms()),
         store: Store::open(&paths.state(NAME).join("desired"))?,
         clock,
         activity: activity::Activity::new(),
+        anchors: Anchors::open(peers.clone(), &paths.state(NAME).join("anchors"))?,
     });
     let pool = PoolWish {
         image: config.host.pool_image.clone(),

@@ -16,6 +16,8 @@ pub const WORKSPACES_MAX: usize = 65_536;
 pub const DESIRED_MAX_BYTES: u64 = 256 << 10;
 /// Largest image manifest, bytes.
 pub const MANIFEST_MAX_BYTES: u64 = 1 << 20;
+/// Largest file of an anchor statement, bytes.
+pub const ANCHOR_MAX_BYTES: u64 = 4 << 10;
 /// Images in the manifest.
 pub const IMAGES_MAX: usize = 256;
 /// Shapes waiting for their template.
@@ -27,6 +29,12 @@ pub const WATCH_EVERY: Duration = Duration::from_millis(400);
 pub const VMCTL_SILENT_MAX: u32 = 5;
 /// Pause before a step that can't be given up is tried again.
 pub const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// How often a running disk is asked how far it has got.
+pub const ANCHOR_EVERY: Duration = Duration::from_secs(60);
+/// Pause before an anchor that the KMS did not take is tried again.
+pub const ANCHOR_RETRY_AFTER: Duration = Duration::from_secs(2);
+/// Longest wait for the KMS to take an anchor: a stop waits for it.
+pub const ANCHOR_CALL_MAX: Duration = Duration::from_secs(2);
 /// Longest pause between two looks at pool and templates.
 pub const TEND_EVERY: Duration = Duration::from_secs(5);
 /// The pool is refilled, and a template wanted by a start is built, this long after the start took

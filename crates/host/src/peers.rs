@@ -3,12 +3,14 @@
 //! Must never carry a path, a command or a key: ids and numbers, and ciphertext it can't open.
 
 use crate::limits::{
-    ATTACH_CALL_MAX, ATTACH_WAIT_MS, GRANT_CALL_MAX, PREPARE_CALL_MAX, SAVE_CALL_MAX,
-    SHUTDOWN_CALL_MAX, SHUTDOWN_GRACE_MS, SLOT_CALL_MAX, TEMPLATE_CALL_MAX,
+    ANCHOR_CALL_MAX, ATTACH_CALL_MAX, ATTACH_WAIT_MS, GRANT_CALL_MAX, PREPARE_CALL_MAX,
+    SAVE_CALL_MAX, SHUTDOWN_CALL_MAX, SHUTDOWN_GRACE_MS, SLOT_CALL_MAX, TEMPLATE_CALL_MAX,
 };
 use api::agent::{Attach, Up, Wake};
 use api::audit::Lease;
+use api::disk::Anchored;
 use api::host::Desired;
+use api::kms::AnchorStatement;
 use api::rpc::Client;
 use api::{kms, vmctl, warden};
 use model::{Purpose, WorkspaceId};
@@ -231,6 +233,23 @@ impl Peers {
     ) -> api::Result<bool> {
         let op = warden::Op::NetSet { slot, open, rates };
         self.warden.call("internal:host", &op).await
+    }
+
+    /// How far the slot's disk has got; with `end`, its last word.
+    pub(crate) async fn disk_anchor(&self, slot: u16, end: bool) -> api::Result<Option<Anchored>> {
+        let op = warden::Op::DiskAnchor { slot, end };
+        self.warden
+            .call_within("internal:host", &op, SLOT_CALL_MAX)
+            .await
+    }
+
+    pub(crate) async fn anchor(&self, statement: &AnchorStatement) -> api::Result<kms::Anchor> {
+        let op = kms::Op::Anchor {
+            statement: statement.clone(),
+        };
+        self.kms
+            .call_within("internal:host", &op, ANCHOR_CALL_MAX)
+            .await
     }
 
     pub(crate) async fn disk_erase(&self, workspace: &WorkspaceId) -> api::Result<bool> {

@@ -4,10 +4,11 @@
 //! holds in memory may be lost at any moment (see the machine's notes on a kill of host).
 
 use crate::activity::Activity;
+use crate::anchors::Anchors;
 use crate::desired::Store;
 use crate::feed::Feed;
 use crate::fleet::{Fleet, Shape, Spare};
-use crate::limits::RETRY_AFTER;
+use crate::limits::{ANCHOR_EVERY, RETRY_AFTER};
 use crate::machine::{self, Act, Facts, Step, Vm};
 use crate::peers::Peers;
 use crate::save::{self, Saving, Waking};
@@ -37,6 +38,8 @@ pub struct Shared {
     pub clock: Clock,
     /// When each was used last.
     pub activity: Activity,
+    /// How far disks have got.
+    pub anchors: Anchors,
 }
 
 /// Where a workspace's VM is, for the watcher.
@@ -126,6 +129,8 @@ pub struct Workspace {
     erased: bool,
     pub(crate) crashed: bool,
     pub(crate) error: Option<Error>,
+    /// When its disk is asked next how far it has got.
+    anchor_at: Option<Instant>,
 }
 
 impl Workspace {
@@ -162,6 +167,7 @@ impl Workspace {
             erased: false,
             crashed: false,
             error: None,
+            anchor_at: None,
         };
         workspace.adopt(found);
         let handle = Handle {
@@ -240,6 +246,7 @@ impl Workspace {
                 self.start_id = Some(start_id);
                 self.since_ms = Some(self.shared.clock.now_ms());
                 self.looked = true;
+                self.anchor_at = Some(Instant::now());
                 self.place_set(true);
             }
             Found::Remains(spare) => {
@@ -294,7 +301,18 @@ impl Workspace {
 
     /// Waits for a new wish or for the VM to go away; `false` when nobody is left to wish.
     async fn rest(&mut self) -> bool {
+        let due = self.anchor_at.map(tokio::time::Instant::from_std);
+        let anchor_due = async {
+            match due {
+                Some(at) => tokio::time::sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
+            () = anchor_due => {
+                self.anchor_carry();
+                true
+            }
             changed = self.desired.changed() => changed.is_ok(),
             Ok(()) = self.gone.changed() => {
                 let gone = self.gone.borrow_and_update().clone();
@@ -342,6 +360,8 @@ impl Workspace {
             }
             Step::KeyRelease => {
                 let (lease, receipt) = self.lease_of_start(desired)?;
+                // What is still under way of the last start is to be in this grant.
+                shared.anchors.flush(Some(&self.id)).await;
                 let attestation = self.attestation.as_deref().unwrap_or_default();
                 let key = peers.key_release(lease, receipt, attestation).await?;
                 let copy = match &self.copy_attestation {
@@ -397,6 +417,7 @@ impl Workspace {
             Step::Erase => {
                 save::erase(&shared, &self.id).await?;
                 peers.disk_erase(&self.id).await?;
+                shared.anchors.forget(&self.id);
                 let (store, id) = (shared.store.clone(), self.id.clone());
                 blocking(move || store.remove(&id)).await?;
                 self.erased = true;
@@ -409,8 +430,13 @@ impl Workspace {
     /// Closes the slot, and forgets everything of the VM.
     pub(crate) async fn closed(&mut self) -> api::Result<()> {
         self.place_clear();
-        if let Some(spare) = &self.spare {
-            self.shared.fleet.close(spare.slot).await?;
+        self.anchor_at = None;
+        if let Some(slot) = self.spare.as_ref().map(|s| s.slot) {
+            let deleted = self.desired.borrow().power == Power::Deleted;
+            if !deleted {
+                self.anchor_last(slot).await?;
+            }
+            self.shared.fleet.close(slot).await?;
         }
         self.vm = Vm::Absent;
         self.spare = None;
@@ -421,6 +447,50 @@ impl Workspace {
         self.undropped = false;
         self.net = None;
         self.since_ms = None;
+        Ok(())
+    }
+
+    /// Asks the running disk how far it has got, and tells the KMS, beside everything else.
+    fn anchor_carry(&mut self) {
+        self.anchor_at = Some(Instant::now() + ANCHOR_EVERY);
+        let Some(slot) = self.spare.as_ref().map(|s| s.slot) else {
+            self.anchor_at = None;
+            return;
+        };
+        let (shared, id) = (Arc::clone(&self.shared), self.id.clone());
+        tokio::spawn(async move {
+            match shared.peers.disk_anchor(slot, false).await {
+                Ok(Some(said)) if said.statement.workspace == id => {
+                    if shared.anchors.carry(said).await
+                        && let Some(mut actual) = shared.feed.get(&id)
+                    {
+                        actual.error = Some(refused_reads());
+                        shared.feed.publish(actual);
+                    }
+                }
+                Ok(_) => {}
+                Err(e) => {
+                    tracing::warn!(workspace = %id, error = %e, detail = e.detail, "the disk does not say how far it has got");
+                }
+            }
+        });
+    }
+
+    /// Ends the VM and brings its disk's last word to the KMS, or keeps it for that.
+    async fn anchor_last(&mut self, slot: u16) -> api::Result<()> {
+        match self.shared.peers.disk_anchor(slot, true).await {
+            Ok(Some(said)) if said.statement.workspace == self.id => {
+                if self.shared.anchors.carry_last(said).await {
+                    self.error.get_or_insert_with(refused_reads);
+                }
+            }
+            Ok(_) => {}
+            // Asked again, with the slot as it is.
+            Err(e) if e.code == ErrorCode::Unavailable => return Err(e),
+            Err(e) => {
+                tracing::warn!(workspace = %self.id, error = %e, detail = e.detail, "no last word of the disk");
+            }
+        }
         Ok(())
     }
 
@@ -474,6 +544,7 @@ impl Workspace {
         self.waking = None;
         self.shared.activity.note(&self.id);
         self.since_ms = Some(self.shared.clock.now_ms());
+        self.anchor_at = Some(Instant::now());
         self.place_set(true);
         Ok(())
     }
@@ -636,6 +707,13 @@ pub(crate) fn lost() -> Error {
     Error::new(
         ErrorCode::VmUnavailable,
         "the workspace's VM went away; start it again",
+    )
+}
+
+fn refused_reads() -> Error {
+    Error::new(
+        ErrorCode::DiskTampered,
+        "parts of the workspace's disk were changed while they were at rest; they can't be read",
     )
 }
 

@@ -71,9 +71,30 @@ pub fn argon2id(pass: &[u8], salt: &[u8], out: &mut [u8; 32]) {
         .expect("salt checked above, lengths below 4 GiB, memory of the asked size");
 }
 
-/// HKDF-Extract.
+/// HKDF-Extract. Not by way of [`crate::hash::hmac_sha256`]: its state, which holds the secret as it
+/// is, moves about the stack; AWS-LC's own stays where it is and is wiped.
 pub(crate) fn hkdf_extract(salt: &[u8], ikm: &[u8]) -> Zeroizing<[u8; 32]> {
-    Zeroizing::new(crate::hash::hmac_sha256(salt, ikm))
+    let mut prk = Zeroizing::new([0; 32]);
+    let mut len = 0;
+    // SAFETY: each pointer comes from a slice and is passed with that slice's length, which AWS-LC
+    // reads; it writes one digest of SHA-256, 32 bytes, to `prk`, and its length to `len`.
+    let ok = unsafe {
+        aws_lc_sys::HKDF_extract(
+            prk.as_mut_ptr(),
+            &raw mut len,
+            aws_lc_sys::EVP_sha256(),
+            ikm.as_ptr(),
+            ikm.len(),
+            salt.as_ptr(),
+            salt.len(),
+        )
+    };
+    assert_eq!(
+        (ok, len),
+        (1, 32),
+        "HKDF-Extract fails for want of memory only"
+    );
+    prk
 }
 
 /// HKDF-Expand with `info` as it stands.

@@ -24,4 +24,4 @@ pub mod store;
 pub mod wire;
 
 pub use client::Client;
-pub use wire::{How, Name, OBJECTS};
+pub use wire::{How, Name};

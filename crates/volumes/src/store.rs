@@ -8,7 +8,7 @@
 //!
 //! A crash leaves `NAME.new` at most, which is no object and is swept.
 
-use crate::wire::{How, Name, OBJECTS};
+use crate::wire::{How, Name};
 use api::{Error, ErrorCode};
 use jail::fault::{At, Result};
 use jail::open_beneath;
@@ -125,12 +125,12 @@ impl Store {
     /// # Errors
     /// [`ErrorCode::Conflict`] while a process has one of them: nothing is removed then.
     pub fn erase(&self, workspace: &WorkspaceId, object: Option<Purpose>) -> Result {
-        let names: Vec<Name> = OBJECTS
-            .iter()
-            .filter(|o| object.is_none_or(|x| x == **o))
+        let names: Vec<Name> = Purpose::ALL
+            .into_iter()
+            .filter(|o| object.is_none_or(|x| x == *o))
             .map(|object| Name {
                 workspace: workspace.clone(),
-                object: *object,
+                object,
             })
             .collect();
         let mut held = Vec::new();
@@ -174,7 +174,7 @@ impl Store {
             };
             self.dir.join(name.to_string()).symlink_metadata().is_ok()
         };
-        OBJECTS.iter().copied().filter(there).collect()
+        Purpose::ALL.into_iter().filter(there).collect()
     }
 
     /// Empty files beside what is there: what an interrupted making left is no object.
@@ -380,18 +380,21 @@ mod tests {
         let (dir, store, name) = world();
         let other = Name::disk(&WorkspaceId::from_bytes([8; 8]));
         make(&store, &other, "other");
-        for object in OBJECTS.iter().copied() {
+        for object in Purpose::ALL {
             let workspace = name.workspace.clone();
             make(&store, &Name { workspace, object }, "x");
         }
-        assert_eq!(store.list(&name.workspace), OBJECTS);
+        assert_eq!(store.list(&name.workspace), Purpose::ALL);
         assert!(store.bytes(&name) > 0);
         let (reader, _) = store.open(&name, How::Read).unwrap();
         assert_eq!(
             code(store.erase(&name.workspace, None)),
             ErrorCode::Conflict
         );
-        assert_eq!(store.list(&name.workspace), OBJECTS);
+        assert_eq!(store.list(&name.workspace), Purpose::ALL);
+        let memory = Some(Purpose::Memory);
+        store.erase(&name.workspace, memory).unwrap();
+        assert_eq!(store.list(&name.workspace).len(), Purpose::ALL.len() - 1);
         drop(reader);
         for _ in 0..2 {
             store.erase(&name.workspace, None).unwrap();

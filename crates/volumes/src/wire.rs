@@ -9,9 +9,6 @@ use std::fmt;
 /// Longest message, bytes.
 pub const MESSAGE_MAX_BYTES: usize = 4 << 10;
 
-/// What of a workspace may be at rest, each thing under a key of its own.
-pub const OBJECTS: &[Purpose] = &[Purpose::Disk];
-
 /// One object of one workspace. As text: its directory's name.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -143,10 +140,10 @@ mod tests {
         }
 
         #[test]
-        fn a_name_is_one_plain_component(raw: [u8; 8], object in 0..OBJECTS.len()) {
+        fn a_name_is_one_plain_component(raw: [u8; 8], object in 0..Purpose::ALL.len()) {
             let name = Name {
                 workspace: WorkspaceId::from_bytes(raw),
-                object: OBJECTS[object],
+                object: Purpose::ALL[object],
             };
             let plain = |b: u8| {
                 b.is_ascii_lowercase() || b.is_ascii_digit() || b"_.-".contains(&b)

@@ -161,9 +161,20 @@ fn disk() {
     let mut backing = File::from(fds.into_iter().next().unwrap());
     backing.write_all(b"a volume").unwrap();
     say(r#"{"type":"ready","size_bytes":1048576}"#.into());
-    loop {
+    // A statement as the real one makes it, but for its MAC; one batch further each time.
+    let anchor = |batch: u32| {
+        let (root, mac) = ("5a".repeat(32), "6b".repeat(32));
+        say(format!(
+            r#"{{"type":"anchor","statement":{{"workspace":"ws_00000000000000aa","anchor":{{"run":1,"batch":{batch},"root":"{root}"}},"mac":"{mac}"}},"refused":0}}"#
+        ));
+    };
+    for batch in 1.. {
         let (said, _) = hear();
+        if said.contains("anchor") {
+            anchor(batch);
+        }
         if said.contains("close") {
+            anchor(batch);
             std::process::exit(0);
         }
         if said.is_empty() {

@@ -11,8 +11,8 @@
 
 use crate::fault::{At, Result, log};
 use crate::layout::{open_beneath, remove};
-use crate::limits::{DISK_CLOSE_WAIT, HELLO_WAIT, READY_WAIT};
-use api::disk::{FromDisk, ToDisk};
+use crate::limits::{ANCHOR_WAIT, ANCHORS_MAX, DISK_CLOSE_WAIT, HELLO_WAIT, READY_WAIT};
+use api::disk::{Anchored, FromDisk, ToDisk};
 use api::limits::CHANNEL_MESSAGE_MAX_BYTES;
 use api::{Error, ErrorCode};
 use jail::channel;
@@ -78,10 +78,29 @@ impl Disk {
         }
     }
 
-    /// Ends it after its VMM. With `grace` it is asked to flush, or, adopted and without a channel,
+    /// How far the disk has got.
+    ///
+    /// # Errors
+    /// When it says anything else, or nothing in time.
+    pub fn anchor(&self) -> Result<Anchored> {
+        self.send(&ToDisk::Anchor, &[])?;
+        self.anchored(ANCHOR_WAIT)
+    }
+
+    fn anchored(&self, wait: Duration) -> Result<Anchored> {
+        let FromDisk::Anchor(said) = self.receive(wait)? else {
+            return Err(out_of_turn());
+        };
+        for hex in [&said.statement.anchor.root, &said.statement.mac] {
+            crate::layout::check_digest_id("anchor", hex)?;
+        }
+        Ok(said)
+    }
+
+    /// Ends it after its VMM; what it said last of how far it got. With `grace` it is asked to flush, or, adopted and without a channel,
     /// ends by itself as its mount has gone; it is killed if it has not in time, which loses what
     /// its guest has not flushed.
-    pub fn end(&mut self, grace: bool) {
+    pub fn end(&mut self, grace: bool) -> Option<Anchored> {
         if self.control.is_some() {
             // It may have died.
             let _ = self.send(&ToDisk::Close, &[]);
@@ -96,6 +115,9 @@ impl Disk {
             log("disk.stuck", serde_json::json!({"pid": pid}));
         }
         self.file = None;
+        // In the channel, whether it was asked or its mount was gone first.
+        let said = std::iter::from_fn(|| self.anchored(Duration::ZERO).ok());
+        said.take(ANCHORS_MAX).last()
     }
 
     /// Sends a message, with descriptors.

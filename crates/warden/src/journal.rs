@@ -7,6 +7,7 @@
 
 use crate::fault::{At, Result};
 use crate::layout::{read_small, remove, write_small};
+use api::disk::Anchored;
 use api::warden::{ImageId, NetRates, Open, Slot, SlotState, Start, VmOpened};
 use jail::process::Proc;
 use model::{StartId, WorkspaceId};
@@ -84,6 +85,8 @@ pub struct Record {
     pub start_id: Option<StartId>,
     /// The disk's file is being made.
     pub fresh: bool,
+    /// What the disk said last.
+    pub anchor: Option<Anchored>,
     /// What the firewall lets in.
     pub open: Vec<Open>,
     /// How fast.
@@ -237,6 +240,7 @@ mod tests {
                 workspace: Some(WorkspaceId::from_bytes([1; 8])),
                 start_id: None,
                 fresh: true,
+                anchor: None,
                 open: vec![Open { source: api::warden::Source::Slot(3), port }],
                 rates: NetRates { bytes_per_s: u64::MAX, packets_per_s: port.into() },
                 dead: false,

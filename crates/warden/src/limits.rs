@@ -17,6 +17,10 @@ pub const SMALL_FILE_MAX_BYTES: u64 = 64 << 10;
 pub const HELLO_WAIT: Duration = Duration::from_secs(10);
 /// The disk process opens, or formats, a volume within this.
 pub const READY_WAIT: Duration = Duration::from_secs(60);
+/// A disk process makes what was flushed durable, and says so, within this.
+pub const ANCHOR_WAIT: Duration = Duration::from_secs(10);
+/// Words of an ended disk process that are read.
+pub const ANCHORS_MAX: usize = 16;
 /// vmctl takes a descriptor within this.
 pub const VMCTL_WAIT: Duration = Duration::from_secs(5);
 /// A disk process flushes and exits within this, or is killed.

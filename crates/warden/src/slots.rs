@@ -170,6 +170,9 @@ impl Warden {
                 slot, sealed, aad, ..
             } => self.disk_grant(slot, sealed, aad).map(Into::into),
             Op::NetSet { slot, open, rates } => self.net_set(slot, open, rates).map(Into::into),
+            Op::DiskAnchor { slot, end } => {
+                json(serde_json::to_value(self.disk_anchor(slot, end)?))
+            }
             Op::SlotClose { slot } => self.slot_close(slot).map(Into::into),
             Op::DiskErase { workspace } => self.disk_erase(&workspace).map(Into::into),
             Op::Counters { slot } => json(serde_json::to_value(self.counters(slot)?)),
@@ -261,6 +264,7 @@ impl Warden {
             workspace: None,
             start_id: None,
             fresh: false,
+            anchor: None,
             open: vec![],
             rates: NetRates::default(),
             dead: false,
@@ -471,6 +475,10 @@ impl Warden {
             failed("journal.failed", s.record.slot, e);
         }
         self.end(s);
+        // With what the disk said last.
+        if let Err(e) = self.journal.write(&s.record) {
+            failed("journal.failed", s.record.slot, e);
+        }
     }
 
     /// Ends VMM and disk.
@@ -478,7 +486,9 @@ impl Warden {
         let gone = s.vmm.kill(KILL_WAIT);
         if let Some(mut disk) = s.disk.take() {
             // Not gone: it waits for an answer of its disk. Without one, the disk goes first.
-            disk.end(gone);
+            if let Some(said) = disk.end(gone) {
+                s.record.anchor = Some(said);
+            }
         }
         if !gone && !s.vmm.kill(KILL_WAIT) {
             failed("vmm.stuck", s.record.slot, s.vmm.proc.pid);

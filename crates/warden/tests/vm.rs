@@ -39,11 +39,13 @@ fn a_workspace_from_template_to_teardown() {
             .unwrap_or_else(|e| panic!("{e:?}"));
         assert_eq!(status(&w).templates.len(), 1);
         // Restored and cold, the same workspace after one another: its data stays.
+        let mut run = 0;
         for (slot, how) in [(1, Start::Template), (2, Start::Cold), (1, Start::Template)] {
             let net: VmOpened =
                 serde_json::from_value(w.answer(vm_open(&world, slot, how)).unwrap()).unwrap();
             ask::<vmctl::Status>(&world, slot, &vmctl::Op::Prepare);
-            let attach = start(&world, &w, slot, &net);
+            run += 1;
+            let attach = start(&world, &w, slot, &net, run);
             ask::<api::agent::Up>(
                 &world,
                 slot,
@@ -90,7 +92,7 @@ fn a_workspace_from_template_to_teardown() {
 }
 
 /// What KMS, mint and host do, with keys of the test.
-fn start(world: &World, w: &Arc<Warden>, slot: u16, net: &VmOpened) -> Attach {
+fn start(world: &World, w: &Arc<Warden>, slot: u16, net: &VmOpened, run: u64) -> Attach {
     let opened: DiskOpened = serde_json::from_value(
         w.answer(disk_open(slot))
             .unwrap_or_else(|e| panic!("{e:?}")),
@@ -112,7 +114,7 @@ fn start(world: &World, w: &Arc<Warden>, slot: u16, net: &VmOpened) -> Attach {
     .unwrap();
     let hex = |b: &[u8]| -> String { b.iter().map(|b| format!("{b:02x}")).collect() };
     let grant = serde_json::json!({
-        "workspace": WORKSPACE, "start_id": START, "run": 1,
+        "workspace": WORKSPACE, "start_id": START, "run": run,
         "disk_key": hex(&[3; 32]), "identity_seed": hex(&[9; 32]),
         "config_digest": hex(&seal::hash::sha256(config.as_bytes())),
         "mint_key": mint.public().to_string(), "gateway_key": mint.public().to_string(),

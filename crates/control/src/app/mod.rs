@@ -61,7 +61,15 @@ pub struct App {
     pub wake: Notify,
     actuals: RwLock<HashMap<WorkspaceId, Actual>>,
     busy: Mutex<HashMap<WorkspaceId, u32>>,
+    /// Disks that are not what they were.
+    alarms: Mutex<HashMap<WorkspaceId, Alarm>>,
     info: Mutex<Option<(Instant, Info)>>,
+}
+
+/// What is said once, until the workspace runs again.
+struct Alarm {
+    error: Error,
+    said: bool,
 }
 
 /// The processes that control asks.
@@ -120,6 +128,7 @@ impl App {
             wake: Notify::new(),
             actuals: RwLock::default(),
             busy: Mutex::default(),
+            alarms: Mutex::default(),
             info: Mutex::default(),
         })
     }
@@ -169,11 +178,57 @@ impl App {
 
     /// Takes note of an actual state.
     pub fn actual_note(&self, actual: Actual) {
+        self.alarm_note(&actual);
         let mut actuals = self.actuals.write().unwrap_or_else(PoisonError::into_inner);
         if actual.state == ActualState::Deleted {
             actuals.remove(&actual.workspace);
         } else {
             actuals.insert(actual.workspace.clone(), actual);
+        }
+    }
+
+    /// A disk that was changed at rest is somebody's doing: the operator hears of it, and the log of
+    /// security alerts with the reconciler's next round.
+    fn alarm_note(&self, actual: &Actual) {
+        let id = &actual.workspace;
+        let mut alarms = self.alarms.lock().unwrap_or_else(PoisonError::into_inner);
+        let tampered = |e: &&Error| e.code == ErrorCode::DiskTampered;
+        match (actual.state, actual.error.as_ref().filter(tampered)) {
+            // On its way it still has the error of the start before.
+            (ActualState::Starting | ActualState::Stopping, _) => {}
+            (_, Some(error)) if !alarms.contains_key(id) => {
+                tracing::error!(event = "disk.tampered", workspace = %id, detail = error.detail, "{error}");
+                let alarm = Alarm {
+                    error: error.clone(),
+                    said: false,
+                };
+                alarms.insert(id.clone(), alarm);
+                self.wake.notify_one();
+            }
+            (ActualState::Running | ActualState::Deleted, None)
+                if alarms.get(id).is_some_and(|a| a.said) =>
+            {
+                alarms.remove(id);
+            }
+            _ => {}
+        }
+    }
+
+    /// Brings the alarms to the log.
+    pub async fn alarms_say(&self) {
+        let owed: Vec<(WorkspaceId, Error)> = {
+            let mut alarms = self.alarms.lock().unwrap_or_else(PoisonError::into_inner);
+            let owed = alarms.iter_mut().filter(|(_, a)| !a.said);
+            owed.map(|(id, a)| {
+                a.said = true;
+                (id.clone(), a.error.clone())
+            })
+            .collect()
+        };
+        let op = Op::internal("reconcile.alarm");
+        for (id, error) in owed {
+            let event = "disk.tampered";
+            self.audit.alarm(&op, event, id.as_str(), &error).await;
         }
     }
 

@@ -3,7 +3,9 @@
 #![allow(dead_code, clippy::unwrap_used)]
 
 use api::audit::{Lease, Object};
+use api::disk::Anchored;
 use api::host::{Actual, ActualState, Changes, Desired, Op};
+use api::kms::AnchorStatement;
 use api::rpc::Client;
 use api::vmctl::VmState;
 use api::warden::{MemoryEnd, SlotState, Start, VmOpened};
@@ -46,6 +48,10 @@ pub struct State {
     /// What else is at rest, and the object whose key it is under.
     pub objects: BTreeMap<(WorkspaceId, &'static str), String>,
     pub nonces: BTreeSet<String>,
+    /// What the KMS was told of each disk.
+    pub anchors: BTreeMap<WorkspaceId, Vec<kms::Anchor>>,
+    /// Reads that every disk refused.
+    pub refused: u64,
     /// Operations that fail, by `process.op`.
     pub failing: BTreeMap<String, ErrorCode>,
     /// An operation after which no answer comes.
@@ -374,6 +380,34 @@ impl Doubles {
                 s.slots.get_mut(&slot).unwrap().open = Some(open);
                 ok(&true)
             }
+            warden::Op::DiskAnchor { slot, end } => {
+                let Some(x) = s.slots.get_mut(&slot) else {
+                    return Err(Error::new(ErrorCode::NotFound, "the slot is empty"));
+                };
+                if end {
+                    x.at.state = SlotState::Dead;
+                }
+                let (Some(workspace), Some(start_id)) =
+                    (x.at.workspace.clone(), x.at.start_id.clone())
+                else {
+                    return ok(&None::<Anchored>);
+                };
+                // The start's own, and one more at its end.
+                let anchor = kms::Anchor {
+                    run: u64::from_str_radix(&start_id.as_str()[3..], 16).unwrap(),
+                    batch: if end { 2 } else { 1 },
+                    root: "5a".repeat(32),
+                };
+                ok(&Some(Anchored {
+                    statement: AnchorStatement {
+                        workspace,
+                        anchor,
+                        mac: "6b".repeat(32),
+                    },
+                    refused: s.refused,
+                    first_refused: None,
+                }))
+            }
             warden::Op::SlotClose { slot } => {
                 close(&mut s, slot);
                 ok(&true)
@@ -392,12 +426,19 @@ impl Doubles {
     }
 
     fn kms(&self, op: kms::Op) -> api::Result<Value> {
-        let kms::Op::Release {
-            receipt,
-            attestation,
-        } = op
-        else {
-            panic!("host asks for releases only");
+        let (receipt, attestation) = match op {
+            kms::Op::Release {
+                receipt,
+                attestation,
+            } => (receipt, attestation),
+            kms::Op::Anchor { statement } => {
+                let mut s = self.state();
+                let now = statement.anchor;
+                let id = statement.workspace;
+                s.anchors.entry(id).or_default().push(now.clone());
+                return ok(&now);
+            }
+            _ => panic!("host asks for releases only, and carries anchors"),
         };
         let lease: Lease = serde_json::from_value(receipt["lease"].clone()).unwrap();
         let object = lease

@@ -4,13 +4,13 @@ use super::{Slot, Warden, check_range, disk_group, lock, occupied};
 use crate::diskproc::{self, Disk};
 use crate::fault::{At, Result, conflict, invalid};
 use crate::journal::{Record, Step};
-use crate::layout::check_digest_id;
+use crate::layout::{check_digest_id, remove};
 use crate::limits::{MKFS_WAIT, SEALED_MAX_BYTES};
 use crate::vm;
-use api::Error;
-use api::disk::ToDisk;
+use api::disk::{Anchored, ToDisk};
 use api::vmctl::WardenOp;
 use api::warden::{DiskOpened, Start};
+use api::{Error, ErrorCode};
 use jail::ask::Kind;
 use jail::limits::{KILL_WAIT, VMM_UID};
 use jail::process::{self, Waiting};
@@ -18,6 +18,7 @@ use jail::{channel, mount, plan};
 use model::limits as bounds;
 use model::{Purpose, StartId, WorkspaceId};
 use rustix::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
 use volumes::{How, Name};
 
 /// A disk process that waits in its jail.
@@ -118,18 +119,22 @@ impl Warden {
     ) -> Result {
         self.step(&mut s.record, Step::DiskBegin)?;
         let files = lock(&self.volumes).open(Name::disk(workspace), How::Write)?;
-        let file = files.volume;
+        if files.fresh && self.disk_of_old(workspace).exists() {
+            let why = "this disk was made by an earlier version and can't be checked; copy what it holds with that version, then delete the workspace";
+            return Err(Error::new(ErrorCode::DiskCorrupt, why));
+        }
         s.record.fresh = files.fresh;
         let template = files.fresh.then(|| self.ext4(size_mb)).transpose()?;
         let disk = s.disk.as_mut().ok_or_else(gone)?;
-        let files = [Some(file.as_fd()), template.as_ref().map(AsFd::as_fd)];
+        let mut given = vec![files.volume.as_fd(), files.sidecar.as_fd()];
+        given.extend(template.as_ref().map(AsFd::as_fd));
         let open = ToDisk::Open {
             size_mb,
             bytes_per_s,
             ops_per_s,
         };
-        disk.send(&open, &files.into_iter().flatten().collect::<Vec<_>>())?;
-        disk.file = Some(file);
+        disk.send(&open, &given)?;
+        disk.file = Some(files.volume);
         self.step(&mut s.record, Step::DiskWaits)
     }
 
@@ -169,15 +174,36 @@ impl Warden {
         self.step(&mut s.record, Step::DiskAttached)
     }
 
+    /// How far the slot's disk has got; with `end`, its last word.
+    pub(super) fn disk_anchor(&self, slot: u16, end: bool) -> Result<Option<Anchored>> {
+        let cell = self.cell(slot);
+        let mut held = lock(&cell);
+        let s = occupied(slot, &mut held)?;
+        if end && !s.record.dead {
+            self.fail(s);
+        } else if let (Step::DiskAttached, Some(disk)) = (s.record.step, &s.disk) {
+            s.record.anchor = Some(disk.anchor()?);
+        }
+        Ok(s.record.anchor.clone())
+    }
+
     pub(super) fn disk_erase(&self, workspace: &WorkspaceId) -> Result<bool> {
         let mut in_use = lock(&self.in_use);
         if !in_use.insert(workspace.clone()) {
             return Err(conflict("the workspace's disk is in use; stop it first"));
         }
         drop(in_use);
-        let erased = lock(&self.volumes).erase(workspace.clone(), None);
+        let erased = lock(&self.volumes)
+            .erase(workspace.clone(), None)
+            .and_then(|()| remove(&self.disk_of_old(workspace)));
         lock(&self.in_use).remove(workspace);
         erased.map(|()| true)
+    }
+
+    /// Where versions without sidecars had the workspace's disk.
+    fn disk_of_old(&self, workspace: &WorkspaceId) -> PathBuf {
+        let state = self.config.layout.state();
+        state.join(format!("disks/{workspace}.luks"))
     }
 
     /// The empty file system that a new volume of that size is filled from.
