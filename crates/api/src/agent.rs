@@ -148,6 +148,10 @@ pub struct IdentityBlock {
 pub const IDENTITY_MAGIC: &[u8; 8] = b"CMIDENT1";
 /// The identity area's size: the volume begins here, bytes.
 pub const VOLUME_OFFSET_BYTES: u64 = 1 << 20;
+
+/// Where the edge brings a guest its token state, over the mTLS of [`model::limits::PORT_AGENT_TLS`]:
+/// `{"signed": …}`.
+pub const TOKEN_STATE_PATH: &str = "/casemate/v1/token-state";
 /// Name of the agent's virtio-serial port.
 pub const PORT_NAME: &str = "casemate.agent";
 

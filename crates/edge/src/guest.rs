@@ -4,7 +4,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use api::agent::tls_name;
+use api::agent::{TOKEN_STATE_PATH, tls_name};
 use api::{Error, ErrorCode};
 use http::{HeaderValue, Request, Response, StatusCode, Uri, header};
 use http_body_util::{BodyExt, Limited};
@@ -26,8 +26,6 @@ use crate::upstream::{Lease, Link, Pool, broken};
 
 /// The name in the edge's client certificate.
 const EDGE_NAME: &str = "edge.casemate.internal";
-/// Where a guest takes token states.
-const TOKEN_STATE_PATH: &str = "/casemate/v1/token-state";
 
 /// One start of a workspace: connections of another are never used for it.
 pub type Key = (WorkspaceId, StartId);

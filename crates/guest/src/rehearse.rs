@@ -13,7 +13,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
-use api::agent::{Attach, GuestConfig, IDENTITY_MAGIC, IdentityBlock, tls_name};
+use api::agent::{Attach, GuestConfig, IDENTITY_MAGIC, IdentityBlock, TOKEN_STATE_PATH, tls_name};
 use api::mint::{GatewayClaims, TokenState};
 use model::{AccountId, StartId, WorkspaceId};
 use rustix::mount::{MountPropagationFlags, mount_change};
@@ -137,6 +137,10 @@ const fn call(method: &'static str, path: &'static str, body: &'static str) -> C
 const CALLS: &[Call] = &[
     Call {
         code: true,
+        ..call("POST", TOKEN_STATE_PATH, "")
+    },
+    Call {
+        code: true,
         ..call("POST", "/exec", r#"{"cmd":["true"]}"#)
     },
     Call {
@@ -165,6 +169,8 @@ struct Play {
     workspace: WorkspaceId,
     identity: Zeroizing<Vec<u8>>,
     attach: Attach,
+    /// A later token state than the attach's, as the edge brings it.
+    told: String,
     /// Signs gateway tokens.
     gateway: SigningKey,
     guest: seal::tls::Identity,
@@ -185,7 +191,7 @@ impl Play {
             cmd: Vec::new(),
         };
         let config = serde_json::json!(config).to_string();
-        let state = TokenState {
+        let mut state = TokenState {
             workspace: workspace.clone(),
             account: AccountId::from_bytes([0; 8]),
             epoch: 1,
@@ -195,6 +201,11 @@ impl Play {
             identity_pub: guest.public().to_hex(),
             seq: 1,
         };
+        let signed =
+            |state: &TokenState| Signed::new(&mint, api::context::TOKEN_STATE, state).to_string();
+        let token_state = signed(&state);
+        state.seq += 1;
+        let told = serde_json::json!({ "signed": signed(&state) }).to_string();
         let block = serde_json::json!(IdentityBlock {
             workspace: workspace.clone(),
             start_id: StartId::from_bytes([0; 8]),
@@ -212,11 +223,12 @@ impl Play {
             attach: Attach {
                 time_unix_ns: clock::now_ms() * 1_000_000,
                 config,
-                token_state: Signed::new(&mint, api::context::TOKEN_STATE, &state).to_string(),
+                token_state,
                 ip: IP.into(),
                 prefix: 24,
                 gateway: GATEWAY.into(),
             },
+            told,
             identity: identity.into(),
             workspace,
             gateway,
@@ -255,7 +267,11 @@ impl Play {
             .await?;
         let token = self.token();
         for call in calls {
-            let (method, path, body) = (call.method, call.path, call.body);
+            let (method, path) = (call.method, call.path);
+            let body = match path {
+                TOKEN_STATE_PATH => &self.told,
+                _ => call.body,
+            };
             let head = format!(
                 "{method} {path} HTTP/1.1\r\nhost: {name}\r\nauthorization: Bearer {token}\r\n\
                  content-length: {}\r\n\r\n",

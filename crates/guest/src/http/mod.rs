@@ -211,7 +211,7 @@ impl Future for AbortOnDrop {
 
 async fn authorised(service: Arc<Service>, door: Door, request: Request<Incoming>) -> Reply {
     // The one request without a token: its body is signed, and TLS says that it is the edge.
-    if door == Door::Edge && request.uri().path() == "/casemate/v1/token-state" {
+    if door == Door::Edge && request.uri().path() == api::agent::TOKEN_STATE_PATH {
         return token_state(&service, request).await;
     }
     let header = request.headers().get(AUTHORIZATION);
