@@ -5,7 +5,9 @@
 //! It is **a process of its own** in its own mount and UTS namespaces: when it has ended, its
 //! keys, files, mounts and the state of its random generator are gone with it, by construction.
 //! What it changes of the machine itself, the clock and `eth0`, it sets back or an attach sets
-//! anew. Must never touch the workspace's disk.
+//! anew. Must never touch the workspace's disk, nor open a TCP connection for a template: the
+//! kernel draws the secrets of its sequence numbers and timestamps at the first, once and for all,
+//! and all clones would share them. After a restore its own attach has reseeded the generator.
 
 use std::net::Ipv4Addr;
 use std::path::Path;
@@ -21,14 +23,14 @@ use rustix::thread::UnshareFlags;
 use seal::Zeroizing;
 use seal::sign::{Signed, SigningKey};
 use seal::tls::tokio_rustls::TlsConnector;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::sync::watch;
 
 use crate::attach::{self, Workspace, memory_bytes};
 use crate::boot::{BASE_DEVICE, BootError, step};
 use crate::exec::Tasks;
-use crate::http::{Service, serve_edge};
+use crate::http::{Service, edge_connection, serve_edge};
 use crate::standin::{standin, standin_gone_wait};
 use crate::{clock, identity, net};
 
@@ -100,12 +102,10 @@ pub fn run(extent: &str) -> Result<(), BootError> {
         .enable_all()
         .build()
         .map_err(step("starting the runtime"))?;
-    let calls = CALLS
-        .iter()
-        .filter(|call| extent == Extent::Caches.word() || call.code);
     let rehearsal = async {
         let timeout = Duration::from_secs(TIMEOUT_S);
-        let played = tokio::time::timeout(timeout, play.calls(workspace, calls)).await;
+        let caches = extent == Extent::Caches.word();
+        let played = tokio::time::timeout(timeout, play.calls(workspace, caches)).await;
         played.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
     };
     runtime
@@ -237,10 +237,29 @@ impl Play {
         }
     }
 
-    /// Serves `made` and calls it, all on one connection.
-    async fn calls(
+    /// Serves `made` and calls it, all on one connection: no TCP one for a template.
+    async fn calls(&self, made: Workspace, template: bool) -> std::io::Result<()> {
+        let tasks = Tasks::new(made.launcher);
+        let service = Service::new(made.auth, tasks, made.files, memory_bytes(), None);
+        if template {
+            let (stream, theirs) = UnixStream::pair()?;
+            tokio::spawn(edge_connection(theirs, made.tls, service));
+            return self.converse(stream, CALLS.iter()).await;
+        }
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+        let address = listener.local_addr()?;
+        let serving = tokio::spawn(serve_edge(listener, watch::channel(made.tls).1, service));
+        let stream = TcpStream::connect(address).await?;
+        stream.set_nodelay(true)?;
+        let calls = CALLS.iter().filter(|call| call.code);
+        self.converse(stream, calls).await?;
+        serving.abort();
+        Ok(())
+    }
+
+    async fn converse(
         &self,
-        made: Workspace,
+        stream: impl AsyncRead + AsyncWrite + Unpin,
         calls: impl Iterator<Item = &Call>,
     ) -> std::io::Result<()> {
         let other = std::io::Error::other::<String>;
@@ -253,13 +272,6 @@ impl Play {
                 seal::tls::client_config(&self.guest.public(), Some(leaf), seal::tls::HTTP1)
             })
             .map_err(|e| other(e.to_string()))?;
-        let tasks = Tasks::new(made.launcher);
-        let service = Service::new(made.auth, tasks, made.files, memory_bytes(), None);
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
-        let address = listener.local_addr()?;
-        let serving = tokio::spawn(serve_edge(listener, watch::channel(made.tls).1, service));
-        let stream = TcpStream::connect(address).await?;
-        stream.set_nodelay(true)?;
         let server = name.clone().try_into();
         let server = server.map_err(|_| other("the TLS name".into()))?;
         let mut stream = TlsConnector::from(Arc::clone(&client))
@@ -285,7 +297,6 @@ impl Play {
                 return Err(other(format!("{method} {path}: {answer}")));
             }
         }
-        serving.abort();
         Ok(())
     }
 

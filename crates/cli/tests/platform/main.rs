@@ -14,3 +14,4 @@ mod lifecycle;
 mod rules;
 mod sabotage;
 mod sdk;
+mod twins;

@@ -108,16 +108,20 @@ pub async fn serve_edge(
     service: Arc<Service>,
 ) {
     accept(listener, move |stream| {
-        let acceptor = TlsAcceptor::from(Arc::clone(&tls.borrow()));
-        let service = Arc::clone(&service);
-        async move {
-            let handshake = tokio::time::timeout(HEAD_TIMEOUT, acceptor.accept(stream));
-            if let Ok(Ok(stream)) = handshake.await {
-                connection(stream, Door::Edge, service).await;
-            }
-        }
+        edge_connection(stream, Arc::clone(&tls.borrow()), Arc::clone(&service))
     })
     .await;
+}
+
+/// Serves the edge on one connection.
+pub(crate) async fn edge_connection<S>(stream: S, tls: Arc<ServerConfig>, service: Arc<Service>)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let handshake = TlsAcceptor::from(tls).accept(stream);
+    if let Ok(Ok(stream)) = tokio::time::timeout(HEAD_TIMEOUT, handshake).await {
+        connection(stream, Door::Edge, service).await;
+    }
 }
 
 /// Serves direct callers: plain HTTP and the raw connection token.
