@@ -44,10 +44,12 @@ pub async fn access_get(app: &App, op: &Op, name: &str) -> api::Result<Access> {
 /// Turns the runtime API on; returns a gateway token.
 ///
 /// # Errors
-/// [`ErrorCode::VmNotRunning`] if the workspace does not run.
+/// [`ErrorCode::VmNotRunning`] if the workspace does not run, sleep, or wake on a request.
 pub async fn access_enable(app: &App, op: &Op, name: &str) -> api::Result<Gateway> {
     let w = workspace_for_act(app, op, name).await?;
-    let runs = |a: Option<Actual>| a.is_some_and(|a| a.state == ActualState::Running);
+    let serves =
+        |a: &Actual| a.wakes || matches!(a.state, ActualState::Running | ActualState::Asleep);
+    let runs = |a: Option<Actual>| a.as_ref().is_some_and(serves);
     // What is known may be old, but only ask when it says no: a token alone opens nothing.
     if !runs(app.actual_known(&w.id)) && !runs(app.actual(op, &w.id).await) {
         return Err(Error::new(
