@@ -1,5 +1,5 @@
-//! The channel between vmctl and the guest's agent: newline-delimited JSON over virtio-serial,
-//! at most [`CHANNEL_MESSAGE_MAX_BYTES`](crate::limits::CHANNEL_MESSAGE_MAX_BYTES) a message.
+//! The channel between vmctl and the guest's agent: newline-delimited JSON over virtio-serial or
+//! vsock, at most [`CHANNEL_MESSAGE_MAX_BYTES`](crate::limits::CHANNEL_MESSAGE_MAX_BYTES) a message.
 //! What comes from the guest is hostile. No secret travels here: those come in the identity
 //! block of the disk.
 
@@ -154,6 +154,8 @@ pub const VOLUME_OFFSET_BYTES: u64 = 1 << 20;
 pub const TOKEN_STATE_PATH: &str = "/casemate/v1/token-state";
 /// Name of the agent's virtio-serial port.
 pub const PORT_NAME: &str = "casemate.agent";
+/// The vsock port of the host, where there is no virtio-serial.
+pub const VSOCK_PORT: u32 = 1024;
 
 /// The DNS name in a workspace's TLS certificate.
 #[must_use]

@@ -8,7 +8,8 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
-use std::os::fd::FromRawFd;
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
 
 type Args = HashMap<String, String>;
 type Escape = (&'static str, fn(&Args) -> i64);
@@ -19,8 +20,7 @@ const BUFFER: usize = 64 << 10;
 const MEMORY_END: i64 = 512 << 20;
 
 fn main() {
-    // SAFETY: descriptor 3 is this program's channel, owned by nobody else.
-    let channel = unsafe { File::from_raw_fd(3) };
+    let channel = channel();
     let buffer = buffer();
     for line in BufReader::new(&channel).lines() {
         let Ok(line) = line else { return };
@@ -49,6 +49,20 @@ fn main() {
             .is_err()
         {
             return;
+        }
+    }
+}
+
+/// Descriptor 3; in the place of a VMM that is to listen, whoever connects.
+fn channel() -> File {
+    match std::env::args().skip_while(|a| a != "--api-sock").nth(1) {
+        // SAFETY: descriptor 3 is this program's channel, owned by nobody else.
+        None => unsafe { File::from_raw_fd(3) },
+        Some(path) => {
+            let listener = UnixListener::bind(path).unwrap();
+            let (channel, _) = listener.accept().unwrap();
+            let _ = listener.into_raw_fd();
+            OwnedFd::from(channel).into()
         }
     }
 }
@@ -488,33 +502,9 @@ const ESCAPES: &[Escape] = &[
         )
     }),
     ("perf_event_open", |_| {
-        call(
-            libc::SYS_perf_event_open,
-            [
-                at([
-                    0x70_0000_0001u64,
-                    0,
-                    0,
-                    0,
-                    0,
-                    0,
-                    0,
-                    0,
-                    0,
-                    0,
-                    0,
-                    0,
-                    0,
-                    0,
-                    0,
-                    0,
-                ]),
-                0,
-                -1,
-                -1,
-                0,
-            ],
-        )
+        let mut attributes = [0u64; 16];
+        attributes[0] = 0x70_0000_0001;
+        call(libc::SYS_perf_event_open, [at(attributes), 0, -1, -1, 0])
     }),
     ("memfd_create", |_| {
         call(libc::SYS_memfd_create, [c("x"), 0])
@@ -652,10 +642,84 @@ const ESCAPES: &[Escape] = &[
         }
         all
     }),
+    // What a VMM has that takes names.
+    ("a tap of its own", |_| tun("tap1", TUNSETIFF)),
+    ("keep the tap for ever", |_| tun("tap0", TUNSETPERSIST)),
+    ("a file beside the sockets", |_| {
+        open("/vmm/file", libc::O_RDWR | libc::O_CREAT)
+    }),
+    ("a link beside the sockets", |_| {
+        call(libc::SYS_symlink, [c("/disk"), c("/vmm/link")])
+    }),
+    ("another API socket", |_| {
+        let gone = call(libc::SYS_unlink, [c("/vmm/api.sock")]);
+        if gone < 0 {
+            gone
+        } else {
+            unix(libc::SYS_bind, libc::SOCK_STREAM, "/vmm/api.sock")
+        }
+    }),
+    ("the disk before its time", |_| {
+        open("/held/disk", libc::O_RDWR)
+    }),
+    ("another disk", |_| {
+        call(libc::SYS_rename, [c("/disk/volume"), c("/disk/old")])
+    }),
+    ("truncate the disk's place", |_| {
+        open("/disk/volume", libc::O_RDWR | libc::O_TRUNC)
+    }),
+    ("fill the disk's place", |_| {
+        let fd = open("/disk/volume", libc::O_RDWR);
+        if fd < 0 {
+            return fd;
+        }
+        let page = "x".repeat(4096);
+        let (text, mut all) = (c(&page), 0);
+        while all < 8 << 20 {
+            let n = call(libc::SYS_write, [fd, text, 4096]);
+            if n <= 0 {
+                break;
+            }
+            all += n;
+        }
+        all
+    }),
+    ("a second VM of KVM", |_| {
+        let kvm = open("/dev/kvm", libc::O_RDWR);
+        if kvm < 0 {
+            return kvm;
+        }
+        call(libc::SYS_ioctl, [kvm, 0xae01, 0])
+    }),
+    ("a filter that another answers for", |_| {
+        // One instruction: allow.
+        let filter = at([6u16, 0, 0, 0x7fff]);
+        let program = at([1i64, filter]);
+        call(libc::SYS_seccomp, [1, 8, program])
+    }),
     ("larger pipe for stderr", |_| {
         call(libc::SYS_fcntl, [2, libc::F_SETPIPE_SZ.into(), 1 << 30])
     }),
 ];
+
+const TUNSETIFF: i64 = 0x4004_54ca;
+const TUNSETPERSIST: i64 = 0x4004_54cb;
+
+/// Opens the tap of that name; then asks for more of it, or for it to be made.
+fn tun(name: &str, request: i64) -> i64 {
+    let fd = open("/dev/net/tun", libc::O_RDWR);
+    if fd < 0 {
+        return fd;
+    }
+    let mut interface = [0u8; 40];
+    interface[..name.len()].copy_from_slice(name.as_bytes());
+    interface[16..18].copy_from_slice(&0x5002u16.to_ne_bytes());
+    let opened = call(libc::SYS_ioctl, [fd, TUNSETIFF, at(interface)]);
+    if opened < 0 || request == TUNSETIFF {
+        return opened;
+    }
+    call(libc::SYS_ioctl, [fd, request, 1])
+}
 
 fn map_shared(path: &str) -> i64 {
     let fd = open(path, 0);

@@ -3,17 +3,20 @@
 //!
 //! | kind | descriptors |
 //! |---|---|
-//! | vmm | image, stderr, QMP, agent channel, tap; cold and build: kernel, initramfs; template and build: memory, state |
+//! | vmm | image, stderr, QMP, agent channel, tap (Firecracker: none, and what it connects to goes out by the first channel); cold and build: kernel, initramfs; template and build: memory, state |
 //! | vmctl | executable, QMP, agent channel, host's listener, warden's listener |
 //! | disk | executable, warden's end of its channel (kept for the next warden), its own end, `/dev/fuse` twice |
 //! | net | executable, its end of the channel |
 //! | volumes | executable, its end of the channel |
 //! | mkfs | the file |
 //! | open_mount | the mount |
+//! | give_mount | the VMM's pidfd, the mount |
+//! | settle | the VMM's pidfd |
 
 use api::warden::Start;
 use model::limits as bounds;
 use serde::{Deserialize, Serialize};
+use vmm::driver::Driver;
 
 /// A request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,6 +42,8 @@ pub enum Kind {
         memory_mb: u32,
         /// Virtual CPUs.
         cpus: u32,
+        /// Which VMM.
+        driver: Driver,
         /// Whether it has /dev/kvm.
         kvm: bool,
     },
@@ -48,6 +53,12 @@ pub enum Kind {
         slot: u16,
         /// How its guest comes up.
         how: Start,
+        /// Which VMM it is that it controls.
+        driver: Driver,
+        /// Memory, MiB.
+        memory_mb: u32,
+        /// Virtual CPUs.
+        cpus: u32,
         /// The user whose requests it answers.
         host_uid: u32,
     },
@@ -72,6 +83,17 @@ pub enum Kind {
         /// The slot.
         slot: u16,
     },
+    /// Nothing is run: the mount goes into the jail of a VMM that takes no descriptors.
+    GiveMount {
+        /// The slot.
+        slot: u16,
+    },
+    /// Nothing is run: such a VMM was prepared; its disk goes where it opens it next, the tap that it
+    /// has opened to warden's network namespace.
+    Settle {
+        /// The slot.
+        slot: u16,
+    },
 }
 
 impl Kind {
@@ -85,7 +107,8 @@ impl Kind {
             Self::Net { .. } => "casemate-net",
             Self::Volumes => "casemate-volumes",
             Self::Mkfs => "mke2fs",
-            Self::OpenMount { .. } => "the disk's file",
+            Self::OpenMount { .. } | Self::GiveMount { .. } => "the disk's file",
+            Self::Settle { .. } => "the disk and the tap",
         }
     }
 
@@ -101,9 +124,16 @@ impl Kind {
                 cpus,
                 ..
             } => (slot, Some((memory_mb, cpus))),
-            Self::Vmctl { slot, .. } | Self::Disk { slot } | Self::OpenMount { slot } => {
-                (slot, None)
-            }
+            Self::Vmctl {
+                slot,
+                memory_mb,
+                cpus,
+                ..
+            } => (slot, Some((memory_mb, cpus))),
+            Self::Disk { slot }
+            | Self::OpenMount { slot }
+            | Self::GiveMount { slot }
+            | Self::Settle { slot } => (slot, None),
             Self::Net { .. } | Self::Volumes | Self::Mkfs => (0, None),
         };
         if slot >= bounds::SLOTS_MAX {
@@ -147,6 +177,7 @@ mod tests {
             how: Start::Cold,
             memory_mb: 256,
             cpus: 1,
+            driver: Driver::Qemu,
             kvm: false,
         };
         let text = serde_json::to_string(&Ask { groups: 4, kind }).unwrap();
@@ -168,7 +199,8 @@ mod tests {
 
         #[test]
         fn numbers_out_of_bounds_are_refused(slot: u16, memory_mb: u32, cpus: u32) {
-            let kind = Kind::Vmm { slot, how: Start::Cold, memory_mb, cpus, kvm: true };
+            let (how, driver) = (Start::Cold, Driver::Firecracker);
+            let kind = Kind::Vmm { slot, how, memory_mb, cpus, driver, kvm: true };
             let within = slot < bounds::SLOTS_MAX
                 && bounds::MEMORY_MB.contains(&memory_mb)
                 && bounds::CPUS.contains(&cpus);

@@ -16,13 +16,13 @@ use crate::channel::{recv, send};
 use crate::files::{beneath, open_beneath};
 use crate::limits::{ASK_MAX_BYTES, EXE_FD, NOFILE_MAX, VMM_UID};
 use crate::plan::{Entry, Namespaces, Plan, Program};
-use crate::seccomp;
+use crate::{named, seccomp};
 use landlock::{
     ABI, Access, AccessFs, AccessNet, PathBeneath, PathFd, Ruleset, RulesetAttr,
     RulesetCreatedAttr, Scope,
 };
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags};
+use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, Uid};
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags,
     OpenTreeFlags, UnmountFlags,
@@ -32,6 +32,7 @@ use rustix::process::{DumpableBehavior, Resource, Rlimit};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 use std::ffi::CString;
 use std::io::{self, Write as _};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 pub(crate) type Step<T = ()> = Result<T, String>;
@@ -70,9 +71,17 @@ fn launch(sock: &OwnedFd, root: &Path) -> Step {
     for group in fds.drain(..ask.groups) {
         rustix::io::write(&group, b"0").map_err(at("join a control group"))?;
     }
-    if let Kind::OpenMount { slot } = ask.kind {
-        let mount = fds.pop().ok_or("no mount came")?;
-        return open_mount(sock, slot, &mount);
+    match (ask.kind, &fds[..]) {
+        (Kind::OpenMount { slot }, [mount]) => return open_mount(sock, slot, mount),
+        (Kind::GiveMount { .. }, [vmm, mount]) => {
+            named::hold(vmm, mount)?;
+            return ready(sock, vmm);
+        }
+        (Kind::Settle { slot }, [vmm]) => {
+            named::settle(slot, vmm)?;
+            return ready(sock, vmm);
+        }
+        _ => {}
     }
     let (plan, fds) = crate::plan::of(ask.kind, fds, root)?;
     let fds: Vec<OwnedFd> = fds
@@ -134,6 +143,9 @@ fn child(
         return Err("the launcher died".into());
     }
     let _ = rustix::system::sethostname(b"vm");
+    if let Some(named) = &plan.named {
+        named::tap_make(named, plan.id)?;
+    }
     drop_privileges(plan.id, plan.capabilities)?;
     let exe = match &plan.program {
         // In the root, which is where this process stands.
@@ -166,6 +178,9 @@ fn child(
     for fd in fds.into_iter().chain([exe, null]) {
         let _ = fd.into_raw_fd();
     }
+
+    let agent = plan.named.as_ref().map(|n| UnixListener::bind(&n.agent));
+    let agent = agent.transpose().map_err(at("listen for the agent"))?;
 
     // Warden writes its journal now; its death means that nothing runs.
     let mut go = [0u8; 1];
@@ -200,9 +215,16 @@ fn child(
     let mut argv: Vec<*const libc::c_char> = argv.iter().map(|a| a.as_ptr()).collect();
     argv.push(std::ptr::null());
     let env: [*const libc::c_char; 1] = [std::ptr::null()];
-    if plan.confine {
+    if let Some(driver) = plan.confine {
         landlock(&plan.root)?;
-        seccomp::apply()?;
+        if let (Some(named), Some(agent)) = (&plan.named, agent) {
+            // The helper's; the VMM does not get it.
+            let to = borrow(3);
+            rustix::io::fcntl_setfd(to, rustix::io::FdFlags::CLOEXEC)
+                .map_err(at("close the channel on exec"))?;
+            named::helper(named, agent, to, &[sock.as_fd(), borrow(EXE_FD)])?;
+        }
+        seccomp::apply(driver)?;
     }
     // SAFETY: `argv` and `env` are NUL-terminated arrays of pointers into strings that live here.
     unsafe {
@@ -263,12 +285,27 @@ fn build_root(plan: &Plan, fds: &[OwnedFd], installation: &Path) -> Step {
     let mut trees = Vec::new();
     for entry in &plan.root {
         trees.push(match entry {
-            Entry::Bind { fd, .. } | Entry::BindWrite { fd, .. } | Entry::Device { fd, .. } => {
+            Entry::Bind { fd, .. }
+            | Entry::BindWrite { fd, .. }
+            | Entry::BindReplace { fd, .. }
+            | Entry::Device { fd, .. } => {
                 let flags = OpenTreeFlags::OPEN_TREE_CLONE
                     | OpenTreeFlags::OPEN_TREE_CLOEXEC
                     | OpenTreeFlags::AT_EMPTY_PATH;
                 let fd = pick(fds, *fd)?;
                 Some(rustix::mount::open_tree(fd, "", flags).map_err(at("copy a mount"))?)
+            }
+            Entry::Sockets { .. } => {
+                let id = plan.id.to_string();
+                let options = [("size", "4k"), ("nr_inodes", "16"), ("mode", "0700")];
+                let own = [("uid", id.as_str()), ("gid", &id)];
+                Some(tmpfs(&[&options[..], &own].concat()).map_err(at("make a directory"))?)
+            }
+            Entry::Placeholder { at: path, bytes } => {
+                Some(placeholder(path, *bytes, plan.id).map_err(at("make a placeholder"))?)
+            }
+            Entry::Held { at: path } => {
+                Some(placeholder(path, 0, 0).map_err(at("make a placeholder"))?)
             }
             Entry::Link { .. } => None,
         });
@@ -311,8 +348,20 @@ fn tmpfs(options: &[(&str, &str)]) -> io::Result<OwnedFd> {
     )?)
 }
 
+/// A directory in memory with one file of `id`'s that looks `bytes` large and holds a page at most.
+fn placeholder(path: &str, bytes: u64, id: u32) -> io::Result<OwnedFd> {
+    let dir = tmpfs(&[("size", "4k"), ("nr_inodes", "4"), ("mode", "0755")])?;
+    let name = path.rsplit_once('/').map_or(path, |(_, name)| name);
+    let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY;
+    let file = beneath(&dir, name, flags, 0o600)?;
+    rustix::fs::ftruncate(&file, bytes)?;
+    let (uid, gid) = (Uid::from_raw(id), Gid::from_raw(id));
+    rustix::fs::fchown(&file, Some(uid), Some(gid))?;
+    Ok(dir)
+}
+
 /// Attaches a mount at what `target` is, by descriptors alone.
-fn attach(mount: &OwnedFd, target: &OwnedFd) -> io::Result<()> {
+pub(crate) fn attach(mount: &OwnedFd, target: &OwnedFd) -> io::Result<()> {
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
     Ok(rustix::mount::move_mount(mount, "", target, "", flags)?)
 }
@@ -343,7 +392,14 @@ fn attributes(mount: &OwnedFd, set: u64, clear: u64) -> io::Result<()> {
 }
 
 fn place(root: &OwnedFd, entry: &Entry, tree: Option<&OwnedFd>) -> io::Result<()> {
-    let at = entry.at().trim_start_matches('/');
+    let at = match entry {
+        // The mount is the directory that it is in.
+        Entry::Placeholder { at, .. } | Entry::Held { at } => {
+            at.rsplit_once('/').map_or("", |(dir, _)| dir)
+        }
+        _ => entry.at(),
+    };
+    let at = at.trim_start_matches('/');
     let (dir, name) = match at.rsplit_once('/') {
         Some((dirs, name)) => (directory(root, dirs)?, name),
         None => (root.try_clone()?, at),
@@ -370,7 +426,11 @@ fn place(root: &OwnedFd, entry: &Entry, tree: Option<&OwnedFd>) -> io::Result<()
     let set = libc::MOUNT_ATTR_NOSUID
         | match entry {
             Entry::Device { .. } => libc::MOUNT_ATTR_NOEXEC | libc::MOUNT_ATTR_RDONLY,
-            Entry::BindWrite { .. } => libc::MOUNT_ATTR_NOEXEC | libc::MOUNT_ATTR_NODEV,
+            Entry::BindWrite { .. }
+            | Entry::BindReplace { .. }
+            | Entry::Sockets { .. }
+            | Entry::Placeholder { .. }
+            | Entry::Held { .. } => libc::MOUNT_ATTR_NOEXEC | libc::MOUNT_ATTR_NODEV,
             _ => libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_RDONLY,
         };
     let all = libc::MOUNT_ATTR_NOEXEC | libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NODEV;
@@ -397,6 +457,7 @@ fn landlock(root: &[Entry]) -> Step {
     let abi = ABI::V6;
     let read = AccessFs::ReadFile | AccessFs::ReadDir | AccessFs::Execute;
     let write = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::IoctlDev;
+    let replace = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::Truncate;
     let run = || -> Result<(), landlock::RulesetError> {
         let mut rules = Ruleset::default()
             .handle_access(AccessFs::from_all(abi))?
@@ -405,9 +466,16 @@ fn landlock(root: &[Entry]) -> Step {
             .create()?;
         for entry in root {
             let (at, access) = match entry {
-                Entry::Bind { at, .. } => (at, read),
-                Entry::BindWrite { at, .. } | Entry::Device { at, .. } => (at, write),
-                Entry::Link { .. } => continue,
+                Entry::Bind { at, .. } => (at.as_str(), read),
+                Entry::BindWrite { at, .. } | Entry::Device { at, .. } => (at.as_str(), write),
+                Entry::BindReplace { at, .. } => (at.as_str(), replace),
+                Entry::Sockets { at } => (at.as_str(), AccessFs::MakeSock.into()),
+                // What is mounted on a file is judged by the directory that the file is in.
+                Entry::Placeholder { at, .. } => {
+                    let dir = at.rsplit_once('/').map_or(at.as_str(), |(dir, _)| dir);
+                    (dir, AccessFs::ReadFile | AccessFs::WriteFile)
+                }
+                Entry::Held { .. } | Entry::Link { .. } => continue,
             };
             // A path that can't be opened gets no rule, so it stays closed.
             if let Ok(fd) = PathFd::new(at) {
@@ -417,6 +485,11 @@ fn landlock(root: &[Entry]) -> Step {
         rules.restrict_self().map(drop)
     };
     run().map_err(|e| format!("landlock: {e}"))
+}
+
+/// Nothing was started: the VMM that it was done for is named, by its pidfd.
+fn ready(sock: &OwnedFd, vmm: &OwnedFd) -> Step {
+    send(sock, &Said::Ready { pid: 0 }, &[vmm.as_fd()]).map_err(at("report"))
 }
 
 /// Opens the file that a mount consists of, as the one uid that may, and sends it to warden.

@@ -11,7 +11,8 @@
 //! | [`ask`] | the closed set of kinds, and what comes with each |
 //! | [`plan`] | what is in each kind's root, its user, its limits |
 //! | [`launch`] | the launcher: namespaces, root, privileges, Landlock, exec |
-//! | [`seccomp`] | the system calls of a VMM, each with its reason |
+//! | [`seccomp`] | the system calls of each VMM, each with its reason |
+//! | [`named`], [`tap`] | what a VMM needs that takes names and no descriptors |
 //! | [`vmm`] | which accelerator there is |
 //! | [`mount`] | the file system of a disk process |
 //! | [`process`], [`cgroup`], [`channel`] | warden's side: spawning, holding, ending |
@@ -28,9 +29,11 @@ mod files;
 pub mod launch;
 pub mod limits;
 pub mod mount;
+pub mod named;
 pub mod plan;
 pub mod process;
 pub mod seccomp;
+pub mod tap;
 pub mod vmm;
 
 pub use files::open_beneath;

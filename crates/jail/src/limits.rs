@@ -17,6 +17,10 @@ pub const MKFS_UID: u32 = 929_999;
 
 /// The jail is set up, or its process has exec'ed, within this.
 pub const JAIL_WAIT: Duration = Duration::from_secs(10);
+/// A VMM listens for its API's client within this.
+pub const API_WAIT: Duration = Duration::from_secs(5);
+/// How often it is asked: nothing tells when a socket begins to listen.
+pub const API_POLL: Duration = Duration::from_millis(1);
 /// A killed process is gone within this; one that waits for a dead disk is not.
 pub const KILL_WAIT: Duration = Duration::from_secs(2);
 

@@ -9,12 +9,15 @@ use crate::limits::{
     DISK_MEMORY_MB, DISK_MEMORY_MIN_MB, DISK_UID, MKFS_UID, NET_UID, PIDS_MAX, STATE_MAX_BYTES,
     VMCTL_UID, VMM_OVERHEAD_MB, VMM_UID, VOLUMES_UID,
 };
+use crate::named::Named;
 use api::warden::Start;
 use rustix::fd::OwnedFd;
 use rustix::fs::OFlags;
 use rustix::thread::CapabilitySet;
 use std::path::Path;
-use vmm::qemu::{Accel, How, Net, Paths, Spec};
+use vmm::driver::Driver;
+use vmm::firecracker::{Paths, pin};
+use vmm::qemu::{Accel, How, Net, Spec};
 
 const MIB: u64 = 1 << 20;
 /// What a disk's file may grow to: the largest volume and its header.
@@ -26,7 +29,11 @@ const DISK_FILE_MAX_BYTES: u64 = (*model::limits::DISK_MB.end() as u64 + 64) * M
 const GROW_MAX_BLOCKS: u64 = 1 << 26;
 const _: () = assert!(GROW_MAX_BLOCKS * 4096 > *model::limits::DISK_MB.end() as u64 * MIB);
 
-/// The VMM inside the closure.
+/// Where the disk's mount waits in Firecracker's jail until its VM is prepared.
+pub(crate) const HELD: &str = "/held/disk";
+/// Firecracker, in its jail.
+const FIRECRACKER: &str = "/firecracker";
+/// QEMU inside the closure.
 pub const VMM: &str = "/usr/bin/qemu-system-x86_64";
 /// The guest's kernel, in the jail and among the artifacts.
 pub const KERNEL: &str = "kernel/vmlinux";
@@ -65,8 +72,10 @@ pub struct Plan {
     pub fsize_bytes: u64,
     /// Memory it may lock, bytes.
     pub memlock_bytes: u64,
-    /// Landlock, and the VMM's system-call list.
-    pub confine: bool,
+    /// Landlock, and this VMM's system-call list.
+    pub confine: Option<Driver>,
+    /// What is made in the jail for a VMM that takes no descriptors.
+    pub named: Option<Named>,
 }
 
 /// Namespaces. Mounts, IPC, UTS and cgroup are a process's own in any case.
@@ -107,6 +116,31 @@ pub enum Entry {
         /// Where, absolute.
         at: String,
     },
+    /// A file that may be written and cut off.
+    BindReplace {
+        /// Its descriptor.
+        fd: usize,
+        /// Where, absolute.
+        at: String,
+    },
+    /// An empty directory of its user's, in memory, for sockets.
+    Sockets {
+        /// Where, absolute.
+        at: String,
+    },
+    /// A file of its user's without anything in it, in a directory of its own: something is
+    /// mounted on it later.
+    Placeholder {
+        /// Where, absolute.
+        at: String,
+        /// How large it looks.
+        bytes: u64,
+    },
+    /// A place where something is mounted until it is needed: nothing here may be opened.
+    Held {
+        /// Where, absolute.
+        at: String,
+    },
     /// A device.
     Device {
         /// Its descriptor.
@@ -130,6 +164,10 @@ impl Entry {
         match self {
             Self::Bind { at, .. }
             | Self::BindWrite { at, .. }
+            | Self::BindReplace { at, .. }
+            | Self::Sockets { at }
+            | Self::Placeholder { at, .. }
+            | Self::Held { at }
             | Self::Device { at, .. }
             | Self::Link { at, .. } => at,
         }
@@ -141,17 +179,22 @@ impl Entry {
 pub(crate) fn of(kind: Kind, fds: Vec<OwnedFd>, root: &Path) -> Step<(Plan, Vec<OwnedFd>)> {
     let mut given = Given(fds.into_iter());
     let jail = match kind {
-        Kind::Vmm { slot, .. } => {
-            let jail = Jail::new(VMM_UID + u32::from(slot), Program::Path(VMM.into()));
-            vmm(jail, kind, &mut given, root)?
+        Kind::Vmm { slot, driver, .. } => {
+            let id = VMM_UID + u32::from(slot);
+            match driver {
+                Driver::Qemu => {
+                    let jail = Jail::new(id, Program::Path(VMM.into()));
+                    vmm(jail, kind, &mut given, root)?
+                }
+                Driver::Firecracker => {
+                    let jail = Jail::new(id, Program::Path(FIRECRACKER.into()));
+                    firecracker(jail, kind, &mut given, root)?
+                }
+            }
         }
-        Kind::Vmctl {
-            slot,
-            how,
-            host_uid,
-        } => {
+        Kind::Vmctl { slot, .. } => {
             let jail = Jail::run(VMCTL_UID + u32::from(slot), given.next("executable")?);
-            vmctl(jail, (slot, how, host_uid), &mut given)?
+            vmctl(jail, kind, &mut given)?
         }
         Kind::Disk { slot } => {
             let jail = Jail::run(DISK_UID + u32::from(slot), given.next("executable")?);
@@ -169,7 +212,9 @@ pub(crate) fn of(kind: Kind, fds: Vec<OwnedFd>, root: &Path) -> Step<(Plan, Vec<
             root,
         )?,
         Kind::Mkfs => mkfs(given.next("file")?)?,
-        Kind::OpenMount { .. } => return Err("a mount is no program".into()),
+        Kind::OpenMount { .. } | Kind::GiveMount { .. } | Kind::Settle { .. } => {
+            return Err("it is no program".into());
+        }
     };
     match given.0.next() {
         None => Ok((jail.plan, jail.owned)),
@@ -208,7 +253,8 @@ impl Jail {
             nproc: PIDS_MAX,
             fsize_bytes: DISK_FILE_MAX_BYTES,
             memlock_bytes: 0,
-            confine: false,
+            confine: None,
+            named: None,
         };
         Self {
             plan,
@@ -242,6 +288,12 @@ impl Jail {
     fn bind_write(&mut self, fd: OwnedFd, at: &str) {
         let fd = self.own(fd);
         self.plan.root.push(Entry::BindWrite { fd, at: at.into() });
+    }
+
+    fn bind_replace(&mut self, fd: OwnedFd, at: &str) {
+        let fd = self.own(fd);
+        let at = at.into();
+        self.plan.root.push(Entry::BindReplace { fd, at });
     }
 
     fn device(&mut self, name: &str) -> Step {
@@ -311,8 +363,95 @@ fn vmm(mut jail: Jail, kind: Kind, given: &mut Given, root: &Path) -> Step<Jail>
     jail.plan.argv = vmm_argv(how, memory_mb, cpus, kvm);
     jail.plan.nproc = vm_pids(cpus, 0);
     jail.plan.oom_score_adj = 500;
-    jail.plan.confine = true;
+    jail.plan.confine = Some(Driver::Qemu);
     Ok(jail)
+}
+
+/// Firecracker's: itself, the kernel, the image, the template; what it opens by name and makes.
+fn firecracker(mut jail: Jail, kind: Kind, given: &mut Given, root: &Path) -> Step<Jail> {
+    let Kind::Vmm {
+        how,
+        cpus,
+        kvm: true,
+        ..
+    } = kind
+    else {
+        return Err("Firecracker has no other way to run a guest than KVM".into());
+    };
+    let paths = Paths::jail();
+    let artifacts = open_of_root(&root.join(crate::ARTIFACTS)).map_err(at("open the artifacts"))?;
+    let program = beneath(&artifacts, pin::ARTIFACT, OFlags::PATH, 0);
+    jail.bind(program.map_err(at("open Firecracker"))?, FIRECRACKER);
+    jail.bind(given.next("image")?, &paths.image);
+    jail.plan.stderr = Some(jail.own(given.next("stderr")?));
+    jail.pass(given.next("channel to vmctl")?);
+    // Nothing comes by it: the guest's channel is a connection that it makes.
+    drop(given.next("agent channel")?);
+    if matches!(how, Start::Cold | Start::Build) {
+        jail.bind(given.next("kernel")?, &paths.kernel);
+        jail.bind(given.next("initramfs")?, &paths.initramfs);
+    }
+    match how {
+        Start::Cold => {}
+        Start::Template => {
+            jail.bind(given.next("memory")?, &paths.memory);
+            jail.bind(given.next("state")?, &paths.state);
+        }
+        Start::Build => {
+            jail.bind_replace(given.next("memory")?, &paths.memory);
+            jail.bind_replace(given.next("state")?, &paths.state);
+        }
+        Start::Wake => return Err("Firecracker's guests are not put to sleep".into()),
+    }
+    for name in ["null", "kvm", "net/tun"] {
+        jail.device(name)?;
+    }
+    let (sockets, _) = paths.control.rsplit_once('/').ok_or("no directory")?;
+    let entries = [
+        Entry::Sockets { at: sockets.into() },
+        Entry::Placeholder {
+            at: paths.disk.clone(),
+            bytes: vmm::limits::DISK_MAX_BYTES,
+        },
+        Entry::Held { at: HELD.into() },
+    ];
+    jail.plan.root.extend(entries);
+    jail.plan.argv = vec!["firecracker".into()];
+    jail.plan.argv.extend(vmm::firecracker::argv(&paths));
+    jail.plan.named = Some(Named {
+        tap: vmm::firecracker::api::TAP,
+        agent: paths.agent(),
+        control: paths.control,
+    });
+    jail.plan.nproc = PIDS_MAX + u64::from(cpus);
+    jail.plan.oom_score_adj = 500;
+    jail.plan.confine = Some(Driver::Firecracker);
+    Ok(jail)
+}
+
+/// Where the driver's executable is among the artifacts.
+#[must_use]
+pub fn executable(driver: Driver) -> String {
+    match driver {
+        Driver::Qemu => format!("closure{VMM}"),
+        Driver::Firecracker => pin::ARTIFACT.into(),
+    }
+}
+
+/// Names the machine that a template is a state of.
+#[must_use]
+pub fn machine(driver: Driver, kvm: bool, memory_mib: u32, cpus: u32) -> String {
+    match driver {
+        Driver::Qemu => vmm_argv(Start::Template, memory_mib, cpus, kvm).join("\0"),
+        Driver::Firecracker => vmm::firecracker::machine(&vmm::firecracker::Spec {
+            how: How::Template,
+            memory_mib,
+            cpus,
+            tap: true,
+            limits: vmm::firecracker::Limits::default(),
+            paths: Paths::jail(),
+        }),
+    }
 }
 
 /// QEMU, its libraries and firmware: what is in the closure's directory, links as links.
@@ -360,7 +499,7 @@ pub fn vmm_argv(how: Start, memory_mib: u32, cpus: u32, kvm: bool) -> Vec<String
         cpus,
         accel: if kvm { Accel::Kvm } else { Accel::Tcg },
         net: Net::Tap,
-        paths: Paths::jail(),
+        paths: vmm::qemu::Paths::jail(),
     };
     let argv = vmm::qemu::argv(&spec);
     let argv = argv.into_iter().map(|a| a.to_string_lossy().into_owned());
@@ -370,28 +509,30 @@ pub fn vmm_argv(how: Start, memory_mib: u32, cpus: u32, kvm: bool) -> Vec<String
 }
 
 /// vmctl's: itself and the system's libraries. Not apart: it reads its peers' uids.
-fn vmctl(
-    mut jail: Jail,
-    (slot, how, host_uid): (u16, Start, u32),
-    given: &mut Given,
-) -> Step<Jail> {
+fn vmctl(mut jail: Jail, kind: Kind, given: &mut Given) -> Step<Jail> {
+    let Kind::Vmctl {
+        slot,
+        how,
+        driver,
+        memory_mb,
+        cpus,
+        host_uid,
+    } = kind
+    else {
+        return Err("no vmctl".into());
+    };
     let how = match how {
         Start::Template => "template",
         Start::Cold => "cold",
         Start::Build => "build",
         Start::Wake => "wake",
     };
-    let (slot, host) = (slot.to_string(), host_uid.to_string());
-    let argv = [
-        "casemate-vmctl",
-        "--slot",
-        &slot,
-        "--how",
-        how,
-        "--host-uid",
-        &host,
-    ];
-    jail.plan.argv = argv.map(String::from).into();
+    let argv = format!(
+        "casemate-vmctl --slot {slot} --how {how} --host-uid {host_uid} --driver {} \
+         --memory-mib {memory_mb} --cpus {cpus}",
+        driver.word()
+    );
+    jail.plan.argv = argv.split(' ').map(String::from).collect();
     jail.libraries()?;
     for what in [
         "QMP channel",
@@ -449,7 +590,9 @@ fn net(mut jail: Jail, base: u32, edge_uid: u32, given: &mut Given) -> Step<Jail
 fn volumes(mut jail: Jail, given: &mut Given, root: &Path) -> Step<Jail> {
     jail.libraries()?;
     let (dir, name) = crate::VOLUMES.rsplit_once('/').unwrap_or_default();
-    let files = handle(root.join(dir), name).map_err(at("open the directory of volumes"))?;
+    let files = open_of_root(&root.join(dir))
+        .and_then(|dir| beneath(dir, name, OFlags::PATH, 0))
+        .map_err(at("open the directory of volumes"))?;
     jail.bind_write(files, VOLUMES_AT);
     jail.plan.stdin = Some(jail.own(given.next("channel")?));
     jail.plan.argv = vec!["casemate-volumes".into()];

@@ -5,6 +5,7 @@ use crate::channel;
 use crate::fault::{At, Result};
 use crate::limits::{ASK_MAX_BYTES, JAIL_WAIT, STDERR_MAX_BYTES};
 use api::Error;
+use api::vmctl::WardenOp;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fd::{AsFd, BorrowedFd, FromRawFd as _, OwnedFd};
 use rustix::net::SendFlags;
@@ -13,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
+use vmm::driver::Driver;
 
 /// A process's name that is never used twice: pids are, start times are not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -188,6 +190,36 @@ impl Launcher {
     pub fn open_mount(&self, slot: u16, mount: OwnedFd) -> Result<OwnedFd> {
         let (_, _, file) = self.launch(Kind::OpenMount { slot }, &[], &[mount])?;
         Ok(file)
+    }
+
+    /// Gives the VMM the mount's one file, the way its driver takes it: what vmctl is to be told,
+    /// and with what.
+    ///
+    /// # Errors
+    /// The step that failed.
+    pub fn give_mount(
+        &self,
+        driver: Driver,
+        slot: u16,
+        vmm: &Handle,
+        mount: OwnedFd,
+    ) -> Result<(WardenOp, Option<OwnedFd>)> {
+        if driver == Driver::Qemu {
+            return Ok((WardenOp::DiskFd, Some(self.open_mount(slot, mount)?)));
+        }
+        let vmm = vmm.try_clone().at("name the VMM of slot", slot)?.pidfd;
+        self.launch(Kind::GiveMount { slot }, &[], &[vmm, mount])?;
+        Ok((WardenOp::DiskMounted, None))
+    }
+
+    /// Moves the tap that a prepared VMM has opened by name to this network namespace, and its disk to
+    /// where it opens it next.
+    ///
+    /// # Errors
+    /// The step that failed; the VMM is not prepared.
+    pub fn settle(&self, slot: u16, vmm: &Handle) -> Result {
+        let vmm = vmm.try_clone().at("name the VMM of slot", slot)?.pidfd;
+        self.launch(Kind::Settle { slot }, &[], &[vmm]).map(drop)
     }
 
     fn launch(

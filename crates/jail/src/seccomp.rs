@@ -4,8 +4,12 @@
 //! Two filters: the first answers what a VMM tries at its start but must not have with ENOSYS, as
 //! an old kernel would; the second is the list.
 //!
+//! QEMU's is below, [`firecracker`]'s in a file of its own.
+//!
 //! To find what is missing after a change of the VMM: `KillProcess` → `Log` below, run the tests,
 //! read `syscall=` in the kernel's log; then it needs its reason here.
+
+pub mod firecracker;
 
 use crate::limits::EXE_FD;
 use seccompiler::{
@@ -13,6 +17,7 @@ use seccompiler::{
     SeccompRule, TargetArch,
 };
 use std::collections::BTreeMap;
+use vmm::driver::Driver;
 
 /// Calls that do not exist for a VMM: tried, and done without.
 pub const ABSENT: &[(libc::c_long, &str)] = &[
@@ -250,37 +255,48 @@ pub const IOCTLS: &[(u64, &str)] = &[
     (0x800c_581e, "XFS_IOC_DIOINFO: alignment of direct I/O"),
 ];
 
-/// Installs both filters on the calling thread; `no_new_privs` must be set.
+/// `prctl` options: names, timers and memory errors of its own threads.
+const PRCTLS: &[libc::c_int] = &[
+    libc::PR_SET_NAME,
+    libc::PR_GET_NAME,
+    libc::PR_SET_TIMERSLACK,
+    libc::PR_MCE_KILL,
+    libc::PR_SET_NO_NEW_PRIVS,
+];
+
+/// Installs both filters of the driver's on the calling thread; `no_new_privs` must be set.
 ///
 /// # Errors
 /// The step and the cause.
-pub fn apply() -> Result<(), String> {
-    for program in programs().map_err(|e| format!("compile seccomp: {e}"))? {
+pub fn apply(driver: Driver) -> Result<(), String> {
+    for program in programs(driver).map_err(|e| format!("compile seccomp: {e}"))? {
         seccompiler::apply_filter(&program).map_err(|e| format!("install seccomp: {e}"))?;
     }
     Ok(())
 }
 
-fn programs() -> Result<[BpfProgram; 2], seccompiler::BackendError> {
+fn programs(driver: Driver) -> Result<[BpfProgram; 2], seccompiler::BackendError> {
     let arch = if cfg!(target_arch = "aarch64") {
         TargetArch::aarch64
     } else {
         TargetArch::x86_64
     };
-    let enosys = SeccompAction::Errno(libc::ENOSYS as u32);
-    let absent = SeccompFilter::new(
-        ABSENT.iter().map(|(nr, _)| (*nr, vec![])).collect(),
-        SeccompAction::Allow,
-        enosys,
-        arch,
-    )?;
-    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = ALLOWED
+    let (absent, allowed, requests, options) = match driver {
+        Driver::Qemu => (ABSENT, ALLOWED, IOCTLS, PRCTLS),
+        Driver::Firecracker => (
+            firecracker::ABSENT,
+            firecracker::ALLOWED,
+            firecracker::IOCTLS,
+            firecracker::PRCTLS,
+        ),
+    };
+    use SeccompCmpArgLen::{Dword, Qword};
+    let is = |arg, value| SeccompCondition::new(arg, Dword, SeccompCmpOp::Eq, value);
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = allowed
         .iter()
-        .chain(ABSENT)
+        .chain(absent)
         .map(|(nr, _)| (*nr, vec![]))
         .collect();
-    use SeccompCmpArgLen::Dword;
-    let is = |arg, value| SeccompCondition::new(arg, Dword, SeccompCmpOp::Eq, value);
     // Threads, not processes.
     let thread = libc::CLONE_THREAD as u64;
     let masked = SeccompCmpOp::MaskedEq(thread);
@@ -291,40 +307,50 @@ fn programs() -> Result<[BpfProgram; 2], seccompiler::BackendError> {
         libc::SYS_execveat,
         vec![SeccompRule::new(vec![is(0, EXE_FD as u64)?])?],
     );
-    let mut ioctls = IOCTLS
+    let mut ioctls = requests
         .iter()
         .map(|(request, _)| SeccompRule::new(vec![is(1, *request)?]))
         .collect::<Result<Vec<_>, seccompiler::BackendError>>()?;
     let kvm = SeccompCondition::new(1, Dword, SeccompCmpOp::MaskedEq(0xff00), 0xae00)?;
     ioctls.push(SeccompRule::new(vec![kvm])?);
     rules.insert(libc::SYS_ioctl, ioctls);
-    // Names, timers and memory errors of its own threads.
-    let names = [
-        libc::PR_SET_NAME,
-        libc::PR_GET_NAME,
-        libc::PR_SET_TIMERSLACK,
-        libc::PR_MCE_KILL,
-        libc::PR_SET_NO_NEW_PRIVS,
-    ];
     rules.insert(
         libc::SYS_prctl,
-        names
+        options
             .iter()
             .map(|n| SeccompRule::new(vec![is(0, *n as u64)?]))
             .collect::<Result<Vec<_>, seccompiler::BackendError>>()?,
     );
-    // Only stream sockets of the same host, already useless in an empty network namespace.
+    // Only sockets of the same host, already useless in an empty network namespace.
     rules.insert(
         libc::SYS_socket,
         vec![SeccompRule::new(vec![is(0, libc::AF_UNIX as u64)?])?],
     );
+    let own = [
+        is(0, libc::SECCOMP_SET_MODE_FILTER.into())?,
+        SeccompCondition::new(1, Qword, SeccompCmpOp::Eq, 0)?,
+    ];
+    match driver {
+        // The second filter is installed under the first, then no more.
+        Driver::Qemu => {}
+        // Its threads add filters, which only take away; none that somebody else answers for.
+        Driver::Firecracker => {
+            rules.insert(libc::SYS_seccomp, vec![SeccompRule::new(own.into())?]);
+        }
+    }
     let list = SeccompFilter::new(
         rules,
         SeccompAction::KillProcess,
         SeccompAction::Allow,
         arch,
     )?;
-    // In this order: the second makes `seccomp` itself absent.
+    let absent = SeccompFilter::new(
+        absent.iter().map(|(nr, _)| (*nr, vec![])).collect(),
+        SeccompAction::Allow,
+        SeccompAction::Errno(libc::ENOSYS as u32),
+        arch,
+    )?;
+    // In this order: the second of QEMU's makes `seccomp` itself absent.
     Ok([list.try_into()?, absent.try_into()?])
 }
 
@@ -335,10 +361,14 @@ mod tests {
 
     #[test]
     fn the_list_compiles_and_names_each_call_once() {
-        programs().unwrap();
-        let numbers: std::collections::BTreeSet<_> = ALLOWED.iter().map(|(n, _)| n).collect();
-        assert_eq!(numbers.len(), ALLOWED.len());
-        assert!(ALLOWED.iter().all(|(_, why)| !why.is_empty()));
+        for driver in [Driver::Qemu, Driver::Firecracker] {
+            programs(driver).unwrap();
+        }
+        for list in [ALLOWED, firecracker::ALLOWED] {
+            let numbers: std::collections::BTreeSet<_> = list.iter().map(|(n, _)| n).collect();
+            assert_eq!(numbers.len(), list.len());
+            assert!(list.iter().all(|(_, why)| !why.is_empty()));
+        }
     }
 
     #[test]
@@ -347,8 +377,6 @@ mod tests {
             libc::SYS_execve,
             libc::SYS_ptrace,
             libc::SYS_mount,
-            libc::SYS_connect,
-            libc::SYS_bind,
             libc::SYS_unshare,
             libc::SYS_setns,
             libc::SYS_bpf,
@@ -362,6 +390,12 @@ mod tests {
             libc::SYS_fork,
             libc::SYS_vfork,
         ] {
+            for list in [ALLOWED, firecracker::ALLOWED] {
+                assert!(list.iter().all(|(n, _)| *n != never), "{never}");
+            }
+        }
+        // QEMU has all its channels from the start.
+        for never in [libc::SYS_connect, libc::SYS_bind, libc::SYS_listen] {
             assert!(ALLOWED.iter().all(|(n, _)| *n != never), "{never}");
         }
     }

@@ -67,6 +67,16 @@ impl Client {
         tap.ok_or_else(|| Error::internal("casemate-net sent no tap"))
     }
 
+    /// The same for a tap that was moved here, under the slot's name.
+    ///
+    /// # Errors
+    /// The step that failed.
+    pub fn taken(&mut self, slot: u16) -> Result {
+        self.ask(&Ask::Taken { slot })?;
+        self.slots.insert(slot, Rules::default());
+        Ok(())
+    }
+
     /// Replaces the slot's rules.
     ///
     /// # Errors

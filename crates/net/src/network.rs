@@ -85,11 +85,7 @@ pub fn mac_text(mac: [u8; 6]) -> String {
     mac.map(|b| format!("{b:02x}")).join(":")
 }
 
-/// The name of a slot's tap, at most 7 bytes.
-#[must_use]
-pub fn tap_name(slot: u16) -> String {
-    format!("cm{slot}")
-}
+pub use jail::tap::name as tap_name;
 
 #[cfg(test)]
 mod tests {

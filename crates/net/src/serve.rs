@@ -74,6 +74,11 @@ impl Net {
                 self.slots.insert(slot, Rules::default());
                 return Ok((Said::Done, Some(tap)));
             }
+            Ask::Taken { slot } => {
+                tap::address(self.network, slot)?;
+                self.nft.slot_add(slot)?;
+                self.slots.insert(slot, Rules::default());
+            }
             Ask::Set { slot, rules } => self.set(slot, rules)?,
             Ask::Remove { slot } => {
                 let rules = self.slots.remove(&slot).unwrap_or_default();

@@ -1,16 +1,15 @@
 //! Taps in the fabric's network namespace: made, addressed and routed over netlink.
 //!
-//! A tap is never persistent: the VMM holds its only descriptor, so it goes when the VMM goes.
+//! A tap here is never persistent: the VMM holds its only descriptor, so it goes when the VMM goes.
 
 use crate::network::{Network, mac, tap_name};
 use jail::fault::{At, Result};
-use rustix::fd::{AsRawFd, OwnedFd};
+use rustix::fd::OwnedFd;
 use rustix::fs::{Mode, OFlags};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 use std::net::Ipv4Addr;
 
-/// Makes the slot's tap, with the gateway's address on it, a route to the guest alone and its
-/// neighbour entry fixed: no ARP answer of a guest is ever believed.
+/// Makes the slot's tap, which is up and has its addresses then.
 ///
 /// # Errors
 /// The step that failed; nothing is left then.
@@ -22,18 +21,18 @@ pub fn create(network: Network, slot: u16) -> Result<OwnedFd> {
         Mode::empty(),
     )
     .at("open", "/dev/net/tun")?;
-    // SAFETY: all-zero is a valid ifreq.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
-        *to = from.cast_signed();
-    }
-    request.ifr_ifru.ifru_flags =
-        (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_TUN_EXCL)
-            as libc::c_short;
-    // SAFETY: TUNSETIFF reads and writes one ifreq, which outlives the call.
-    if unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETIFF, &raw mut request) } != 0 {
-        return Err(std::io::Error::last_os_error()).at("make tap", name);
-    }
+    jail::tap::make(&tap, &name).at("make tap", &name)?;
+    address(network, slot)?;
+    Ok(tap)
+}
+
+/// Puts the gateway's address on the slot's tap, which is there, with a route to the guest alone and
+/// its neighbour entry fixed: no ARP answer of a guest is ever believed.
+///
+/// # Errors
+/// The step that failed.
+pub fn address(network: Network, slot: u16) -> Result {
+    let name = tap_name(slot);
     let netlink = Netlink::open()?;
     let index =
         rustix::net::netdevice::name_to_index(&netlink.sock, &name).at("find tap", &name)?;
@@ -61,8 +60,7 @@ pub fn create(network: Network, slot: u16) -> Result<OwnedFd> {
         .at("route tap", &name)?;
     netlink
         .neighbour(index, guest, mac(guest))
-        .at("pin neighbour of tap", &name)?;
-    Ok(tap)
+        .at("pin neighbour of tap", &name)
 }
 
 /// Whether a slot's tap passes on what comes from its guest to other slots (and answers ARP for

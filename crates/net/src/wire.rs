@@ -50,6 +50,11 @@ pub enum Ask {
         /// The slot.
         slot: u16,
     },
+    /// The same for a tap that is there, under the slot's name: nothing is made.
+    Taken {
+        /// The slot.
+        slot: u16,
+    },
     /// Replaces the slot's rules.
     Set {
         /// The slot.

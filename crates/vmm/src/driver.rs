@@ -2,18 +2,21 @@
 
 use crate::firecracker::pin;
 use crate::kvm::Probe;
+use serde::{Deserialize, Serialize};
 
 /// A driver.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Driver {
     /// [`crate::qemu`].
+    #[default]
     Qemu,
     /// [`crate::firecracker`].
     Firecracker,
 }
 
 /// The drivers that warden has a jail for. It starts no other.
-pub const STARTED: &[Driver] = &[Driver::Qemu];
+pub const STARTED: &[Driver] = &[Driver::Qemu, Driver::Firecracker];
 
 /// What lies at [`pin::ARTIFACT`] among the artifacts.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,6 +27,17 @@ pub enum Found {
     Pinned,
     /// Another, of this SHA-256.
     Other(String),
+}
+
+impl Driver {
+    /// As an argument of vmctl's.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Qemu => "qemu",
+            Self::Firecracker => "firecracker",
+        }
+    }
 }
 
 impl Found {

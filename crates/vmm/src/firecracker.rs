@@ -14,8 +14,8 @@
 //!   [`Paths::disk`] in the jail's mount namespace before the attach; reopening the drive's path
 //!   then finds it. The disk answers its first open alone, and that is this one.
 //! - The agent's channel is vsock: the guest connects to port
-//!   [`AGENT_PORT`], which Firecracker forwards to the socket `<vsock>_<port>` that warden listens
-//!   on for vmctl ([`Paths::agent`]). A restore resets vsock, so the agent connects again.
+//!   [`AGENT_PORT`], which Firecracker forwards to the socket `<vsock>_<port>` that listens
+//!   for vmctl ([`Paths::agent`]). A restore resets vsock, so the agent connects again.
 //! - There are no events: a guest that powers off, reboots or panics ends Firecracker, and all that
 //!   is seen here is [`Event::Gone`]. Nor is there a command that ends it: [`Vmm::quit`] stops the
 //!   virtual CPUs and lets the connection go; warden ends the process when the slot is closed.
@@ -27,16 +27,22 @@ pub mod api;
 pub mod http;
 pub mod pin;
 
+use crate::limits::API_CONNECT_MAX;
 use crate::qemu::How;
+use crate::qemu::qmp::readable;
 use crate::{DiskFile, Error, Event, Vmm};
 use http::Http;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use serde::Deserialize;
+use std::io::IoSliceMut;
+use std::mem::MaybeUninit;
 use std::num::NonZeroU64;
-use std::os::fd::BorrowedFd;
-use std::os::unix::net::UnixStream;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::Instant;
 
 /// The vsock port that vmctl hears the guest's agent on.
-pub const AGENT_PORT: u32 = 1024;
+pub const AGENT_PORT: u32 = ::api::agent::VSOCK_PORT;
 
 /// Where Firecracker finds its files. It opens nothing else by name but its devices
 /// (`/dev/kvm`, `/dev/net/tun`, `/dev/null`, `/dev/urandom`).
@@ -67,14 +73,14 @@ impl Paths {
     pub fn jail() -> Self {
         let s = String::from;
         Self {
-            control: s("/run/vmm/api.sock"),
+            control: s("/vmm/api.sock"),
             image: s("/image/base.erofs"),
             disk: s("/disk/volume"),
             kernel: s("/kernel/vmlinux"),
             initramfs: s("/kernel/initramfs.cpio"),
             memory: s("/template/memory"),
             state: s("/template/state"),
-            vsock: s("/run/vmm/vsock"),
+            vsock: s("/vmm/vsock"),
         }
     }
 
@@ -123,6 +129,31 @@ pub fn argv(paths: &Paths) -> Vec<String> {
     ["--id", "vm", "--level", "Off", "--api-sock", &paths.control]
         .map(String::from)
         .into()
+}
+
+/// Receives the API's connection and the agent's listener from the helper in the VMM's jail.
+///
+/// # Errors
+/// They did not come in time: the VMM is gone, or never listened.
+pub fn connected(from: &OwnedFd) -> std::io::Result<(UnixStream, UnixListener)> {
+    if !readable(from, Instant::now() + API_CONNECT_MAX)? {
+        return Err(std::io::ErrorKind::TimedOut.into());
+    }
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut word = [0u8; 8];
+    let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+    recvmsg(from, &mut [IoSliceMut::new(&mut word)], &mut control, flags)?;
+    let mut came = Vec::new();
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(fds) = message {
+            came.extend(fds);
+        }
+    }
+    match <[OwnedFd; 2]>::try_from(came) {
+        Ok([api, agent]) => Ok((api.into(), agent.into())),
+        Err(_) => Err(std::io::ErrorKind::UnexpectedEof.into()),
+    }
 }
 
 /// Names the machine that a template is a state of: the version and all that is said before the

@@ -17,6 +17,8 @@ pub const MIGRATE_POLL: Duration = Duration::from_millis(1);
 /// How long the VMM may take to end after `quit`.
 pub const QUIT_MAX: Duration = Duration::from_secs(5);
 
+/// How long a new Firecracker may take to be reached.
+pub const API_CONNECT_MAX: Duration = Duration::from_secs(8);
 /// Longest head of an answer of Firecracker's API, bytes.
 pub const API_HEAD_MAX_BYTES: usize = 8 << 10;
 /// Longest body of one, bytes.

@@ -1,8 +1,9 @@
 //! casemate-vmctl: one VM's control, behind a closed enum.
 //!
 //! Started by warden, one per VM, as a uid of its own. Inherits: 3 the VMM's control socket,
-//! connected; 4 the guest's channel (QEMU: connected; Firecracker: the listener that the guest's
-//! vsock connection comes out of); 5 the listener for host; 6 the listener for warden.
+//! connected; 4 the guest's channel, connected; 5 the listener for host; 6 the listener for warden.
+//! Firecracker makes its control socket itself: a helper in its jail connects to it, and sends the
+//! connection over 3, with the listener that the guest's vsock connection comes out of.
 
 #![forbid(unsafe_code)]
 
@@ -61,8 +62,9 @@ fn run() -> Result<()> {
                 limits: firecracker::Limits::default(),
                 paths: firecracker::Paths::jail(),
             };
-            let vmm = Firecracker::new(control.into(), spec).context("greet the VMM")?;
-            let agent = Channel::listen(agent.into()).context(channel)?;
+            let (control, agent) = firecracker::connected(&control).context("reach the VMM")?;
+            let vmm = Firecracker::new(control, spec).context("greet the VMM")?;
+            let agent = Channel::listen(agent).context(channel)?;
             serve(&args, vmm, agent, host, warden)
         }
     }

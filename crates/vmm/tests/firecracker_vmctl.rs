@@ -41,9 +41,11 @@ impl Vm {
         let (server, control) = Server::start(fault);
         server.seen.lock().unwrap().files = false;
         let listen = |name: &str| UnixListener::bind(dir.path().join(name)).unwrap();
+        let (from, helper) = UnixStream::pair().unwrap();
+        send(&helper, control, listen("agent_1024"));
         let ends: [OwnedFd; 4] = [
-            control.into(),
-            listen("agent_1024").into(),
+            from.into(),
+            helper.into(),
             listen("host").into(),
             listen("warden").into(),
         ];
@@ -89,6 +91,17 @@ impl Vm {
             std::thread::yield_now();
         }
     }
+}
+
+/// As the helper in the VMM's jail does.
+fn send(to: &UnixStream, control: UnixStream, agent: UnixListener) {
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+    let mut buffer = SendAncillaryBuffer::new(&mut space);
+    let fds = [control.as_fd(), agent.as_fd()];
+    assert!(buffer.push(SendAncillaryMessage::ScmRights(&fds)));
+    let word = [std::io::IoSlice::new(b"vmm")];
+    sendmsg(to, &word, &mut buffer, SendFlags::empty()).unwrap();
 }
 
 /// Starts vmctl with `ends` as 3, 4, 5, 6; a shell moves them, since a child of ours can't without

@@ -14,6 +14,7 @@ use model::{StartId, WorkspaceId};
 use net::Rules;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
+use vmm::driver::Driver;
 
 /// What warden is about to do on a slot, or, for the two resting states, what it has done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -69,6 +70,9 @@ pub struct Record {
     pub memory_mb: u32,
     /// Virtual CPUs.
     pub cpus: u32,
+    /// Which VMM.
+    #[serde(default)]
+    pub driver: Driver,
     /// The VMM.
     pub vmm: Option<Proc>,
     /// vmctl.
@@ -232,6 +236,7 @@ mod tests {
                 image: "0".repeat(64),
                 memory_mb: 256,
                 cpus: 1,
+                driver: if port % 2 == 0 { Driver::Firecracker } else { Driver::Qemu },
                 vmm: Some(Proc { pid: 1, start: 2 }),
                 vmctl: None,
                 disk: None,

@@ -6,13 +6,14 @@ use crate::limits::SMALL_FILE_MAX_BYTES;
 use jail::limits::VOLUMES_UID;
 pub(crate) use jail::open_beneath;
 use rustix::fd::AsFd;
-use rustix::fs::{Gid, Mode, Uid};
+use rustix::fs::{Gid, Mode, OFlags, Uid};
 use seal::hash::Sha256;
 use std::collections::HashMap;
 use std::io::{Read as _, Seek as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+use vmm::driver::Found;
 
 /// The directories of one installation.
 #[derive(Debug, Clone)]
@@ -197,6 +198,19 @@ pub(crate) fn check_digest_id(what: &str, id: &str) -> Result {
     Err(invalid(format!(
         "{what} must be 64 lowercase hexadecimal digits"
     )))
+}
+
+/// What lies where Firecracker would.
+///
+/// # Errors
+/// The file's.
+pub fn found(layout: &Layout) -> Result<Found> {
+    let (dir, name) = (layout.artifacts(), vmm::firecracker::pin::ARTIFACT);
+    match open_beneath(&dir, name, OFlags::RDONLY, 0) {
+        Ok(file) => Ok(Found::of(Some(&Digests::default().of(file, name)?))),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Found::Absent),
+        Err(e) => Err(e).at("open artifact", name),
+    }
 }
 
 /// Digests of files that only root can write, each taken once per version of the file.

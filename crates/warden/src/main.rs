@@ -51,7 +51,8 @@ fn run(layout: Layout, network: Network) -> anyhow::Result<()> {
     };
     let host_uid = uid("host")?;
     layout.create()?;
-    let vmm = Vmm::probe(layout.root(), &layout.state())?;
+    let firecracker = warden::layout::found(&layout)?;
+    let vmm = Vmm::probe(layout.root(), &layout.state(), &firecracker)?;
     let programs = std::env::current_exe()?;
     let programs = programs
         .parent()

@@ -42,6 +42,7 @@ use rustix::fs::OFlags;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use vmm::driver::Driver;
 use volumes::Name;
 
 /// What warden is started with.
@@ -202,14 +203,14 @@ impl Warden {
 
     fn status(&self) -> Status {
         let ours = |p: &Parts| {
-            self.parts(&p.image, p.memory_mb, p.cpus)
+            self.parts(self.config.vmm.driver, &p.image, p.memory_mb, p.cpus)
                 .is_ok_and(|now| now == *p)
         };
         let templates = self.templates.list();
         Status {
             host: self.machine.host.clone(),
             cgroup: self.cgroups.version().into(),
-            accel: self.config.vmm.accel_why.clone(),
+            accel: self.config.vmm.why.clone(),
             slots: lock(&self.views).values().cloned().collect(),
             templates: templates
                 .into_iter()
@@ -256,6 +257,7 @@ impl Warden {
             image,
             memory_mb,
             cpus,
+            driver: self.config.vmm.driver,
             vmm: None,
             vmctl: None,
             disk: None,
@@ -288,10 +290,12 @@ impl Warden {
 
     fn vm_open_steps(&self, mut record: Record) -> Result<Slot> {
         let slot = record.slot;
-        let (how, memory_mb, cpus) = (record.how, record.memory_mb, record.cpus);
+        let (how, driver) = (record.how, record.driver);
+        let (memory_mb, cpus) = (record.memory_mb, record.cpus);
         // All that can be missing is looked for before anything is made.
         let image = self.image(&record.image)?;
-        let parts = self.parts(&record.image, memory_mb, cpus)?;
+        let parts = self.parts(driver, &record.image, memory_mb, cpus)?;
+        self.config.vmm.check(&parts.vmm)?;
         let boot = match how {
             Start::Template | Start::Wake => vec![],
             Start::Cold | Start::Build => {
@@ -315,7 +319,8 @@ impl Warden {
         self.cgroups
             .create(&slot_group(slot), plan::slot_bounds(cpus))?;
         let doors = self.vm_bound(&record, 0)?;
-        let tap = lock(&self.net).tap(slot)?;
+        // Firecracker opens its own; see `disk_open_steps`.
+        let tap = (driver == Driver::Qemu).then(|| lock(&self.net).tap(slot));
 
         let ends = vm::Ends::new(&self.config.layout, slot)?;
         let (stderr, stderr_w) = process::words()?;
@@ -324,17 +329,21 @@ impl Warden {
             how,
             memory_mb,
             cpus,
+            driver,
             kvm: self.config.vmm.kvm,
         };
         let mut given = vec![image, stderr_w];
         given.extend(ends.vmm);
-        given.push(tap);
+        given.extend(tap.transpose()?);
         given.extend(boot);
         given.extend(files.into_iter().flat_map(|f| [f.memory, f.state]));
         let vmm = self.launcher.spawn(kind, &doors, &given)?;
         let kind = Kind::Vmctl {
             slot,
             how,
+            driver,
+            memory_mb,
+            cpus,
             host_uid: self.config.host_uid,
         };
         let given: Vec<OwnedFd> = std::iter::once(vmctl_exe).chain(ends.vmctl).collect();
@@ -351,7 +360,7 @@ impl Warden {
         let vmm = vmm.go()?;
         let vmctl = vmctl.go()?;
         let disk = disk
-            .map(|waiting| self.disk_serve(&mut record, waiting))
+            .map(|waiting| self.disk_serve(&mut record, &vmm, waiting))
             .transpose()?;
         self.step(&mut record, Step::Open)?;
         Ok(Slot {
@@ -370,7 +379,8 @@ impl Warden {
         if s.record.how != Start::Build {
             return Err(conflict(format!("slot {slot} is no build")));
         }
-        let parts = self.parts(&s.record.image, s.record.memory_mb, s.record.cpus)?;
+        let r = &s.record;
+        let parts = self.parts(r.driver, &r.image, r.memory_mb, r.cpus)?;
         self.step(&mut s.record, Step::Seal)?;
         self.end(s);
         let _ = s.vmctl.kill(KILL_WAIT);
@@ -572,12 +582,12 @@ impl Warden {
     }
 
     /// What a template of these would be a template of.
-    fn parts(&self, image: &str, memory_mb: u32, cpus: u32) -> Result<Parts> {
+    fn parts(&self, driver: Driver, image: &str, memory_mb: u32, cpus: u32) -> Result<Parts> {
         let digest = |name: &str| self.digests.of(self.artifact(name)?, name);
-        let machine = plan::vmm_argv(Start::Template, memory_mb, cpus, self.config.vmm.kvm);
+        let machine = plan::machine(driver, self.config.vmm.kvm, memory_mb, cpus);
         Ok(Parts {
-            vmm: digest(&format!("closure{}", plan::VMM))?,
-            machine: hex::encode(seal::hash::sha256(machine.join("\0").as_bytes())),
+            vmm: digest(&plan::executable(driver))?,
+            machine: hex::encode(seal::hash::sha256(machine.as_bytes())),
             kernel: digest(plan::KERNEL)?,
             initramfs: digest(plan::INITRAMFS)?,
             image: image.into(),

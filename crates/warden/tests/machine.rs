@@ -5,6 +5,7 @@ mod world;
 
 use api::ErrorCode;
 use api::warden::{Counters, DiskOpened, Op, SlotState, Start, VmOpened};
+use vmm::driver::Driver;
 use warden::{Machine, Vmm};
 use world::*;
 
@@ -138,7 +139,9 @@ fn kvm_is_in_the_jail_where_it_is_used() {
         let w = world.open_with(
             Vmm {
                 kvm: true,
-                accel_why: "as asked".into(),
+                driver: Driver::Qemu,
+                why: "as asked".into(),
+                pinned: None,
             },
             None,
         );

@@ -68,10 +68,10 @@ impl Bare {
             image: artifacts.join(format!("images/{id}.erofs")),
             artifacts,
             template,
-            accel: if status.accel.starts_with("kvm") {
-                Accel::Kvm
-            } else {
+            accel: if status.accel.contains("TCG: ") {
                 Accel::Tcg
+            } else {
+                Accel::Kvm
             },
             line: String::new(),
         })

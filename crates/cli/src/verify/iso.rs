@@ -3,7 +3,7 @@
 use super::Finding;
 use super::acc::is_silence;
 use super::world::World;
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use serde_json::json;
 use std::collections::BTreeSet;
 use std::fs;
@@ -56,9 +56,10 @@ pub(super) async fn iso_1(w: &mut World<'_>) -> anyhow::Result<Finding> {
         std::time::Duration::from_secs(10),
     )?;
     Finding::pass(format!(
-        "two workspaces, two VMM processes ({}, {}); guest kernel {guest}, host {host}; a kernel setting changed in one is not in the other; {} processes visible inside; accelerator: {}",
+        "two workspaces, two VMM processes ({}, {}) of {}; guest kernel {guest}, host {host}; a kernel setting changed in one is not in the other; {} processes visible inside; accelerator: {}",
         sa.vmm_pid,
         sb.vmm_pid,
+        driver(&sa)?,
         processes.trim(),
         info.accel
     ))
@@ -80,8 +81,9 @@ pub(super) async fn iso_2(w: &mut World<'_>) -> anyhow::Result<Finding> {
         seen.push(format!("{name} {pid}"));
     }
     Finding::pass(format!(
-        "every thread of {}: Seccomp 2 (filter), NoNewPrivs 1",
-        seen.join(", ")
+        "every thread of {}: Seccomp 2 (filter), NoNewPrivs 1; the VMM is {}",
+        seen.join(", "),
+        driver(&slot)?
     ))
 }
 
@@ -143,9 +145,20 @@ pub(super) async fn iso_3(w: &mut World<'_>) -> anyhow::Result<Finding> {
     );
     w.delete(&b).await?;
     Finding::pass(format!(
-        "uids {ua} and {ub}, no capabilities, own user/pid/net/mnt/ipc/uts namespaces, own cgroup; root holds only: {}",
+        "{}: uids {ua} and {ub}, no capabilities, own user/pid/net/mnt/ipc/uts namespaces, own cgroup; root holds only: {}",
+        driver(&sa)?,
         top.join(" ")
     ))
+}
+
+/// Which VMM runs on the slot, by its process's executable: what is installed or chosen says less.
+fn driver(slot: &api::warden::Slot) -> anyhow::Result<&'static str> {
+    let program = fs::read_link(format!("/proc/{}/exe", slot.vmm_pid))?;
+    match program.file_name().and_then(|n| n.to_str()) {
+        Some("qemu-system-x86_64") => Ok("QEMU"),
+        Some("firecracker") => Ok("Firecracker"),
+        _ => bail!("the VMM runs {}, which is no driver", program.display()),
+    }
 }
 
 pub(super) async fn iso_4(w: &mut World<'_>) -> anyhow::Result<Finding> {

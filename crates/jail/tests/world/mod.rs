@@ -16,9 +16,10 @@ use jail::cgroup::{Bounds, Cgroups};
 use jail::channel;
 use jail::plan;
 use jail::process::{Handle, Proc, readable};
-use jail::{CLOSURE, SCRATCH, open_beneath};
+use jail::{ARTIFACTS, CLOSURE, SCRATCH, open_beneath};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::OFlags;
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::linux::net::SocketAddrExt;
@@ -29,6 +30,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 use tracer::{Part, Tracer};
+use vmm::driver::Driver;
 
 pub const LAUNCHER: &str = env!("CARGO_BIN_EXE_casemate-jail");
 /// An answer takes no longer, unless the call waits.
@@ -43,6 +45,8 @@ const PIDS: u64 = 100;
 pub struct World {
     pub dir: PathBuf,
     pub groups: Cgroups,
+    pub driver: Driver,
+    pub launcher: PathBuf,
 }
 
 impl World {
@@ -75,12 +79,29 @@ impl World {
             std::fs::write(dir.join(file), vec![b'v'; 64 << 10]).unwrap();
         }
         // A template that is being built is its VMM's to write.
-        std::fs::write(dir.join("built"), vec![b'v'; 64 << 10]).unwrap();
-        let open = std::fs::Permissions::from_mode(0o666);
-        std::fs::set_permissions(dir.join("built"), open).unwrap();
+        for file in ["built", "built-state"] {
+            std::fs::write(dir.join(file), vec![b'v'; 64 << 10]).unwrap();
+            let open = std::fs::Permissions::from_mode(0o666);
+            std::fs::set_permissions(dir.join(file), open).unwrap();
+        }
         let name = dir.file_name().unwrap().to_str().unwrap();
         let groups = Cgroups::open(name).unwrap();
-        Self { dir, groups }
+        Self {
+            dir,
+            groups,
+            driver: Driver::Qemu,
+            launcher: LAUNCHER.into(),
+        }
+    }
+
+    /// An installation with this program as its Firecracker.
+    pub fn firecracker(program: &Path) -> Self {
+        let mut world = Self::new();
+        world.driver = Driver::Firecracker;
+        let dir = world.dir.join(ARTIFACTS).join("firecracker");
+        std::fs::create_dir(&dir).unwrap();
+        std::fs::copy(program, dir.join("firecracker")).unwrap();
+        world
     }
 
     /// Whatever the launcher makes of it.
@@ -104,8 +125,10 @@ impl World {
             err_theirs,
             ctl_theirs.into(),
             agent_theirs.into(),
-            tap,
         ];
+        if self.driver == Driver::Qemu {
+            fds.push(tap);
+        }
         if how != Start::Template {
             fds.push(self.file("kernel", OFlags::PATH));
             fds.push(self.file("initramfs", OFlags::PATH));
@@ -117,14 +140,18 @@ impl World {
                 "memory"
             };
             fds.push(self.file(memory, OFlags::PATH));
-            fds.push(self.file("state", OFlags::RDONLY));
+            fds.push(match (self.driver, how) {
+                (Driver::Firecracker, Start::Build) => self.file("built-state", OFlags::PATH),
+                _ => self.file("state", OFlags::RDONLY),
+            });
         }
         let kind = Kind::Vmm {
             slot,
             how,
             memory_mb: 128,
             cpus: 1,
-            kvm: false,
+            driver: self.driver,
+            kvm: self.driver == Driver::Firecracker,
         };
         let mut groups = Vec::new();
         if !parts.contains(&Part::Cgroup) {
@@ -141,10 +168,19 @@ impl World {
         }
         let handle = self.launch(kind, &groups, &fds, parts);
         drop(fds);
+        let (ctl, listener) = match self.driver {
+            Driver::Qemu => (ctl, None),
+            Driver::Firecracker => {
+                let got = vmm::firecracker::connected(&ctl.into());
+                let (api, listener) = got.unwrap();
+                (api, Some(listener))
+            }
+        };
         ctl.set_read_timeout(Some(ANSWER)).unwrap();
         Jail {
             handle,
             ctl: BufReader::new(ctl),
+            listener,
             _agent: agent,
             err: err.into(),
         }
@@ -153,7 +189,7 @@ impl World {
     /// What `jail::process::Launcher` does, with a tracer that takes parts away.
     fn launch(&self, kind: Kind, groups: &[OwnedFd], fds: &[OwnedFd], parts: &[Part]) -> Handle {
         let (ours, theirs) = channel::pair().unwrap();
-        let mut command = Command::new(LAUNCHER);
+        let mut command = Command::new(&self.launcher);
         command.arg("--root").arg(&self.dir).env_clear();
         command.stdin(Stdio::from(theirs)).stdout(Stdio::null());
         let tracer = Tracer::prepare(&mut command, parts);
@@ -266,7 +302,9 @@ impl std::fmt::Display for End {
 /// A running hostile program.
 pub struct Jail {
     pub handle: Handle,
-    ctl: BufReader<UnixStream>,
+    pub ctl: BufReader<UnixStream>,
+    /// Where the guest's connection would come out.
+    pub listener: Option<UnixListener>,
     _agent: UnixStream,
     err: std::fs::File,
 }
@@ -620,6 +658,71 @@ pub fn escapes(world: &World, parts: &[Part]) -> Vec<Row> {
     }
     let _ = std::fs::remove_dir_all(world.dir.join("outside"));
     rows
+}
+
+/// The numbers of this kernel's table end before this.
+const NUMBERS: i64 = 470;
+const CLASSES: [&str; 4] = ["zeros", "ones", "pointers", "descriptor"];
+/// `uretprobe` and `uprobe`: the kernel asks no filter about them, and refuses them (or kills)
+/// from anywhere but the trampoline of a probe of its own.
+const OF_PROBES: [i64; 2] = [335, 336];
+type Rules = [(libc::c_long, &'static str)];
+
+/// Every system call, with every class of arguments: exactly those of the list get through.
+pub fn every_call(world: &World, allowed: &Rules, absent: &Rules, by_argument: &[i64]) {
+    let x32 = 0x4000_0000;
+    let numbers: Vec<i64> = (0..=NUMBERS)
+        .chain([x32, x32 + 1, x32 + 59, x32 + 101, x32 + 520])
+        .chain([1000, 4096, i64::from(i32::MAX), 0x8000_0000, 0xffff_ffff])
+        .collect();
+    let mut jail = None;
+    let mut ends: BTreeMap<i64, Vec<End>> = BTreeMap::new();
+    for nr in &numbers {
+        for class in 0..CLASSES.len() {
+            let mut now = jail
+                .take()
+                .unwrap_or_else(|| world.jail(1, Start::Template, &[]));
+            let end = now.call(&format!("sys {nr} {class}"));
+            if matches!(end, End::Returned(_)) {
+                jail = Some(now);
+            }
+            ends.entry(*nr).or_default().push(end);
+        }
+    }
+    let mut count = [0; 4];
+    for (nr, ends) in &ends {
+        let killed = ends.iter().filter(|e| e.killed()).count();
+        if by_argument.contains(nr) {
+            count[0] += 1;
+            assert!(killed > 0, "{nr}: {ends:?}");
+        } else if allowed.iter().any(|(n, _)| n == nr) {
+            count[1] += 1;
+            assert_eq!(killed, 0, "{nr} is on the list: {ends:?}");
+        } else if absent.iter().any(|(n, _)| n == nr) {
+            count[2] += 1;
+            let absent = End::Returned(-i64::from(libc::ENOSYS));
+            assert!(ends.iter().all(|e| *e == absent), "{nr}: {ends:?}");
+        } else if OF_PROBES.contains(nr) && killed == 0 {
+            count[3] += 1;
+            let refused = |e: &End| e.stopped();
+            assert!(ends.iter().all(refused), "{nr}: {ends:?}");
+        } else {
+            count[3] += 1;
+            assert_eq!(killed, CLASSES.len(), "{nr} is not on the list: {ends:?}");
+        }
+    }
+    let [argument, let_through, not_there, killed] = count;
+    println!(
+        "{} numbers in {} classes of arguments: {killed} kill, {not_there} are absent, {argument} go \
+         by argument, {let_through} are allowed",
+        numbers.len(),
+        CLASSES.len()
+    );
+    // All that is allowed was tried.
+    assert_eq!(
+        (let_through, not_there, argument),
+        (allowed.len(), absent.len(), by_argument.len())
+    );
 }
 
 pub fn print(title: &str, rows: &[Row]) {

@@ -13,12 +13,13 @@ use api::warden::{DiskOpened, Start};
 use api::{Error, ErrorCode};
 use jail::ask::Kind;
 use jail::limits::{KILL_WAIT, VMM_UID};
-use jail::process::{self, Waiting};
+use jail::process::{self, Handle, Waiting};
 use jail::{channel, mount, plan};
 use model::limits as bounds;
 use model::{Purpose, StartId, WorkspaceId};
 use rustix::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
+use vmm::driver::Driver;
 use volumes::{How, Name};
 
 /// A disk process that waits in its jail.
@@ -96,9 +97,15 @@ impl Warden {
         })
     }
 
-    /// Lets the disk process run, and opens the file that it serves, once, as the VMM's user; then
-    /// no path to it is left. vmctl keeps it for the attach.
-    pub(super) fn disk_serve(&self, record: &mut Record, spawned: Spawned) -> Result<Disk> {
+    /// Lets the disk process run, and gives the file that it serves to the VMM, which alone may open
+    /// it, once: as a descriptor that vmctl keeps for the attach, or in its jail. No other path to it
+    /// is left.
+    pub(super) fn disk_serve(
+        &self,
+        record: &mut Record,
+        vmm: &Handle,
+        spawned: Spawned,
+    ) -> Result<Disk> {
         let slot = record.slot;
         let disk = Disk {
             handle: spawned.waiting.go()?,
@@ -106,8 +113,9 @@ impl Warden {
             file: None,
         };
         record.hpke_pub = Some(disk.hello()?);
-        let file = self.launcher.open_mount(slot, spawned.mount)?;
-        vm::tell(&self.config.layout, slot, WardenOp::DiskFd, &[file.as_fd()])?;
+        let (given, file) = (self.launcher).give_mount(record.driver, slot, vmm, spawned.mount)?;
+        let with: Vec<_> = file.iter().map(AsFd::as_fd).collect();
+        vm::tell(&self.config.layout, slot, given, &with)?;
         Ok(disk)
     }
 
@@ -125,6 +133,11 @@ impl Warden {
         }
         s.record.fresh = files.fresh;
         let template = files.fresh.then(|| self.ext4(size_mb)).transpose()?;
+        if s.record.driver == Driver::Firecracker {
+            // Prepared by now: it holds its tap, and opens its disk anew at the attach.
+            self.launcher.settle(s.record.slot, &s.vmm)?;
+            lock(&self.net).taken(s.record.slot)?;
+        }
         let disk = s.disk.as_mut().ok_or_else(gone)?;
         let mut given = vec![files.volume.as_fd(), files.sidecar.as_fd()];
         given.extend(template.as_ref().map(AsFd::as_fd));

@@ -8,6 +8,8 @@
     missing_docs
 )]
 
+pub mod life;
+
 use api::warden::{Op, Open, Source, Start, Status};
 use net::Network;
 use std::io::{BufRead, BufReader, Write};
@@ -16,6 +18,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use vmm::driver::Driver;
 use warden::journal::Step;
 use warden::{Config, Layout, Machine, Vmm, Warden};
 
@@ -97,15 +100,21 @@ impl World {
         }
     }
 
-    /// An installation with real programs and artifacts.
-    pub fn with_artifacts(artifacts: &Path) -> Self {
-        let mut world = Self::new();
-        std::fs::remove_dir_all(world.layout.artifacts()).unwrap();
-        symlink(artifacts, world.layout.artifacts()).unwrap();
+    /// An installation with real programs.
+    pub fn with_programs() -> Self {
+        let world = Self::new();
         for name in ["casemate-vmctl", "casemate-disk"] {
             let built = Path::new(LAUNCHER).with_file_name(name);
             std::fs::copy(built, world.dir.join("programs").join(name)).unwrap();
         }
+        world
+    }
+
+    /// An installation with real programs and artifacts.
+    pub fn with_artifacts(artifacts: &Path) -> Self {
+        let mut world = Self::with_programs();
+        std::fs::remove_dir_all(world.layout.artifacts()).unwrap();
+        symlink(artifacts, world.layout.artifacts()).unwrap();
         let images = std::fs::read_dir(artifacts.join("images")).unwrap();
         let names = images.map(|e| e.unwrap().file_name().into_string().unwrap());
         let mut ids = names.filter_map(|n| n.strip_suffix(".erofs").map(String::from));
@@ -130,8 +139,10 @@ impl World {
     pub fn open(&self, fail_at: Option<Step>) -> Arc<Warden> {
         self.open_with(
             Vmm {
+                driver: Driver::Qemu,
                 kvm: false,
-                accel_why: "a double".into(),
+                why: "a double".into(),
+                pinned: None,
             },
             fail_at,
         )
