@@ -465,12 +465,20 @@ fn names_set(
         unless_full(files.replace_if_changed(path, content.as_bytes(), mode))
             .map_err(step(format!("writing {path}")))?;
     }
-    // The base image's is everybody's; this workspace gets its own at its first start.
-    if fs::symlink_metadata(Path::new(DISK).join("upper/etc/machine-id")).is_err() {
+    // The base image's is everybody's, and one on a disk that began as a copy is another's; this
+    // workspace gets its own at its first start. The note, which stands outside of its root, says
+    // whose the disk is, once the id is its own; a disk without one is not a copy.
+    let note = Path::new(DISK).join("name");
+    let was = fs::read_to_string(&note).ok();
+    let has = fs::symlink_metadata(Path::new(DISK).join("upper/etc/machine-id")).is_ok();
+    if !has || was.as_ref().is_some_and(|w| w != hostname) {
         let id = format!("{}\n", hex::encode(seal::random::bytes::<16>()));
         let mode = Mode::from_raw_mode(0o444);
         unless_full(files.replace("/etc/machine-id", id.as_bytes(), mode))
             .map_err(step("writing /etc/machine-id"))?;
+    }
+    if was.as_deref() != Some(hostname) {
+        unless_full(fs::write(&note, hostname)).map_err(step("noting whose the disk is"))?;
     }
     Ok(())
 }
