@@ -10,6 +10,7 @@
 //! | exec | `true`, by the gateway | the same call of the agent, past the edge |
 //! | disk | 1 MiB direct writes and reads by `dd` in a workspace | the same `dd` on ext4 in QEMU alone, over its LUKS driver and over a plain file |
 //! | density | memory of 16 workspaces, without the VMMs' | none |
+//! | neighbour | a workspace's rounds of work beside another's floods | the same alone, under the same quotas |
 //! | audit, kms | durable entries, audited releases | none |
 //!
 //! Must never be the program that is measured: it builds and runs the release executables.
@@ -18,6 +19,7 @@ mod bare;
 mod density;
 mod disk;
 mod exec;
+mod neighbour;
 mod platform;
 mod start;
 
@@ -52,6 +54,7 @@ enum Name {
     Exec,
     Disk,
     Density,
+    Neighbour,
     Audit,
     Kms,
     All,
@@ -81,6 +84,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     if is(Name::Density) {
         density::run(args)?;
+    }
+    if is(Name::Neighbour) {
+        neighbour::run(args)?;
     }
     Ok(())
 }

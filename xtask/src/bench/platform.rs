@@ -26,6 +26,25 @@ pub(super) struct Platform {
 impl Platform {
     /// Starts one under `target/bench-root`; `fresh`: from nothing.
     pub(super) fn up(artifacts: &Path, pool_size: u32, fresh: bool) -> Result<Self> {
+        let limits = service::config::Limits {
+            disk_bytes_per_s: 1 << 40,
+            disk_ops_per_s: 1_000_000,
+            ..Default::default()
+        };
+        Self::up_with(artifacts, pool_size, fresh, limits)
+    }
+
+    /// The same with the limits that an installation has by default.
+    pub(super) fn up_limited(artifacts: &Path, pool_size: u32) -> Result<Self> {
+        Self::up_with(artifacts, pool_size, false, Default::default())
+    }
+
+    fn up_with(
+        artifacts: &Path,
+        pool_size: u32,
+        fresh: bool,
+        limits: service::config::Limits,
+    ) -> Result<Self> {
         ensure!(
             rustix::process::geteuid().is_root(),
             "the platform needs root: run it with sudo"
@@ -37,8 +56,7 @@ impl Platform {
         config.edge.listen = vec![SocketAddr::from((Ipv4Addr::LOCALHOST, 7543))];
         config.network.base = Ipv4Addr::new(10, 118, 0, 0);
         config.host.pool_size = pool_size;
-        config.limits.disk_bytes_per_s = 1 << 40;
-        config.limits.disk_ops_per_s = 1_000_000;
+        config.limits = limits;
         let me = Self {
             paths,
             config,
