@@ -109,6 +109,8 @@ pub mod blocking {
     use std::io::{ErrorKind, Read, Write};
     use std::os::unix::net::UnixStream;
     use std::path::Path;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::{Arc, Mutex, PoisonError};
     use std::time::Duration;
 
     /// Reads one frame; `None` at a clean end of the stream.
@@ -142,6 +144,84 @@ pub mod blocking {
         let bytes = encode(value)
             .map_err(|e| std::io::Error::new(ErrorKind::InvalidData, e.to_string()))?;
         w.write_all(&bytes)
+    }
+
+    /// Counts something down when it is over, however that comes.
+    pub struct Leave(Arc<AtomicUsize>);
+
+    impl Leave {
+        /// Of what was counted up already.
+        #[must_use]
+        pub fn of(counter: &Arc<AtomicUsize>) -> Self {
+            Self(Arc::clone(counter))
+        }
+    }
+
+    impl Drop for Leave {
+        fn drop(&mut self) {
+            self.0.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+
+    /// Answers the requests of one connection until its peer closes it: each in a thread of its
+    /// own, so that a slow one holds up no other; at most `max` at once, of all connections that
+    /// share `busy`.
+    ///
+    /// # Errors
+    /// The stream's; what is not even a request's head.
+    pub fn converse<Q: DeserializeOwned + Send + 'static>(
+        stream: &UnixStream,
+        busy: &Arc<AtomicUsize>,
+        max: usize,
+        answer: impl Fn(&str, Q) -> Result<serde_json::Value, Error> + Send + Sync + 'static,
+    ) -> std::io::Result<()> {
+        let answer = Arc::new(answer);
+        let writer = Arc::new(Mutex::new(stream.try_clone()?));
+        let reply = |writer: &Mutex<UnixStream>, id, result| {
+            let mut stream = writer.lock().unwrap_or_else(PoisonError::into_inner);
+            write_frame(&mut *stream, &Reply::new(id, result))
+        };
+        let mut reader = stream.try_clone()?;
+        while let Some(bytes) = read_frame(&mut reader)? {
+            let request: Request<Q> = match decode(&bytes) {
+                Ok(request) => request,
+                Err(e) => {
+                    // Its number may still be legible; without one the peer can't be answered.
+                    #[derive(serde::Deserialize)]
+                    struct Head {
+                        id: u64,
+                    }
+                    let Head { id } = serde_json::from_slice(&bytes)?;
+                    reply(&writer, id, Err(e))?;
+                    continue;
+                }
+            };
+            if request.v != VERSION {
+                let (v, why) = (request.v, "is not spoken here; upgrade both sides");
+                let refused =
+                    Error::new(ErrorCode::BadRequest, format!("protocol version {v} {why}"));
+                reply(&writer, request.id, Err(refused))?;
+                continue;
+            }
+            let leave = Leave::of(busy);
+            if busy.fetch_add(1, Ordering::AcqRel) >= max {
+                let why = "too many requests at once; try again";
+                let busy = Error::new(ErrorCode::RateLimited, why);
+                reply(&writer, request.id, Err(busy))?;
+                continue;
+            }
+            let (answer, writer) = (Arc::clone(&answer), Arc::clone(&writer));
+            let run = move || {
+                let _leave = leave;
+                let result = answer(&request.request_id, request.body);
+                // A peer that went away asks again, or sees what came of it.
+                let _ = reply(&writer, request.id, result);
+            };
+            std::thread::Builder::new()
+                .name("request".into())
+                .spawn(run)?;
+        }
+        Ok(())
     }
 
     /// One call on a fresh connection.

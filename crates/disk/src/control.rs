@@ -131,7 +131,7 @@ mod tests {
         assert!(control.receive().is_err());
         drop(warden);
         assert!(control.receive().unwrap().is_none());
-        control.send(&FromDisk::Ready { size_bytes: 1 }).unwrap();
+        control.send(&FromDisk::Copied).unwrap();
     }
 
     proptest! {

@@ -73,6 +73,9 @@ pub enum DiskError {
         /// What there is.
         what: &'static str,
     },
+    /// An image that was never finished.
+    #[error("image: it has no note, which comes last: it was never finished")]
+    Unfinished,
     /// The grant can't be used.
     #[error("grant: {why}")]
     Grant {
@@ -115,6 +118,7 @@ impl DiskError {
         match self {
             Self::Io { source, .. } if is_full(source) => ErrorCode::StorageFull,
             Self::Tampered { .. } => ErrorCode::DiskTampered,
+            Self::Unfinished => ErrorCode::MemoryStale,
             Self::NoHeader
             | Self::Version { .. }
             | Self::Header { .. }

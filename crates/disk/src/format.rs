@@ -105,7 +105,7 @@ fn copy_template<B: Backing>(template: &File, volume: &Volume<B>) -> Result<(), 
     Ok(())
 }
 
-fn write_non_zero<B: Backing>(
+pub(crate) fn write_non_zero<B: Backing>(
     volume: &Volume<B>,
     offset: u64,
     data: &mut [u8],

@@ -64,6 +64,15 @@ impl<C: Content + Clone> Content for Late<C> {
         self.get().map_or(0, Content::size_bytes)
     }
 
+    fn opens_max(&self) -> u32 {
+        self.get().map_or(1, Content::opens_max)
+    }
+
+    fn may_resize(&self, to_bytes: u64) -> bool {
+        self.get()
+            .is_some_and(|content| content.may_resize(to_bytes))
+    }
+
     fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
         self.there()?.read(offset, buf)
     }

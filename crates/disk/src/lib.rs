@@ -12,6 +12,7 @@
 //! | [`luks1`] | a copy for tools that read only LUKS1; nothing shipped calls it |
 //! | [`volume`] | sectors, holes, partial writes, sync |
 //! | [`sidecar`] | integrity: a tag per sector, generations, the journal |
+//! | [`image`] | saved memory and snapshots: their note; copies of disks |
 //! | [`format`] | a new volume, safe against crashes |
 //! | [`identity`], [`grant`] | what the guest becomes; what the KMS released |
 //! | [`fuse`], [`bucket`] | serving the file; rate limits (DSK-5) |
@@ -31,6 +32,7 @@ pub mod format;
 pub mod fuse;
 pub mod grant;
 pub mod identity;
+pub mod image;
 pub mod late;
 pub mod limits;
 pub mod luks1;

@@ -67,6 +67,10 @@ pub const OPS_PER_S: std::ops::RangeInclusive<u64> = 1..=100_000_000;
 pub const SECRET_HEAP_BYTES: usize = 1 << 20;
 /// Largest sealed grant, bytes.
 pub const GRANT_MAX_BYTES: usize = 16 << 10;
+/// The area of a note in front of an image, bytes.
+pub const NOTE_AREA_BYTES: u64 = 1 << 20;
+/// Longest note, bytes: one sector with its head.
+pub const NOTE_MAX_BYTES: usize = SECTOR_BYTES - 12;
 /// Largest identity block, magic and length included, bytes.
 pub const IDENTITY_MAX_BYTES: usize = 64 << 10;
 
@@ -95,7 +99,10 @@ pub const FUSE_CLONE_FD: i32 = 5;
 pub const BACKING_FD: i32 = 6;
 /// The sidecar.
 pub const TAGS_FD: i32 = 7;
-/// The template of a new volume; may be absent.
-pub const TEMPLATE_FD: i32 = 8;
+/// What a new volume is filled from: a template, or the volume of an image. Later, the volume of
+/// the image that the disk is copied to. May be absent.
+pub const BESIDE_FD: i32 = 8;
+/// That image's sidecar.
+pub const BESIDE_TAGS_FD: i32 = 9;
 /// Most descriptors that come with one message.
 pub const SENT_FDS_MAX: usize = 4;

@@ -3,6 +3,7 @@
 //! ```text
 //! secret heap ─▶ sandbox ─▶ serve nothing ─▶ hello ─▶ files ─▶ grant ─▶ open or format ─▶ ready
 //!   ─▶ serve the volume ─▶ close, or the mount gone: sync, say how far, exit
+//!       anchor, note, copy ─▶ ─┘
 //! ```
 
 use std::fs::File;
@@ -10,7 +11,10 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, OnceLock, mpsc};
 use std::thread;
 
-use api::disk::{Anchored, FromDisk, ToDisk};
+use api::disk::{Anchored, Content, FromDisk, ToDisk};
+use api::kms::Anchor;
+use api::warden::Sealed;
+use model::Purpose;
 use seal::Zeroizing;
 use seal::hpke::SecretKey;
 use seal::secret::{harden_process, install_secret_heap};
@@ -22,14 +26,16 @@ use crate::format::open_or_format;
 use crate::fuse::{Content as _, End, Serving, Worker};
 use crate::grant::{self, Grant};
 use crate::identity::Identity;
+use crate::image::{self, Way};
 use crate::late::Late;
 use crate::limits::{
-    BACKING_FD, BYTES_PER_S, CONTROL_FD, FUSE_CLONE_FD, FUSE_FD, OPS_PER_S, SECRET_HEAP_BYTES,
-    TAGS_FD, TEMPLATE_FD, VOLUME_MAX_MB, WORKERS,
+    BACKING_FD, BESIDE_FD, BESIDE_TAGS_FD, BYTES_PER_S, CONTROL_FD, FUSE_CLONE_FD, FUSE_FD,
+    NOTE_AREA_BYTES, OPS_PER_S, SECRET_HEAP_BYTES, TAGS_FD, VOLUME_MAX_MB, WORKERS,
 };
 use crate::object::Object;
 use crate::sandbox;
 use crate::sidecar::Witness;
+use crate::volume::Volume;
 
 /// From the command line: nothing that is a workspace's.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -111,16 +117,31 @@ fn confined(
         return Ok(());
     };
     serving.limit(files.bytes_per_s, files.ops_per_s);
-    let object = open(files, &opened, teller)?;
+    let saving = files.content == Content::Saving;
+    let (object, note) = open(files, &opened, teller, key)?;
     drop(opened);
     content.begin(object.clone());
     control.send(&FromDisk::Ready {
         size_bytes: object.size_bytes(),
+        state: state(object.volume()),
+        note,
     })?;
     let asked = loop {
-        match control.receive() {
-            Ok(Some(ToDisk::Anchor)) => teller.anchor(&object)?,
-            Ok(None | Some(ToDisk::Close)) => break Ok(()),
+        match control.receive_with_fds() {
+            Ok(Some((ToDisk::Anchor, _))) => teller.anchor(&object)?,
+            Ok(Some((ToDisk::Note { note }, _))) if saving => {
+                image::note_write(object.volume(), &note)?;
+            }
+            Ok(Some((ToDisk::Copy { key: sealed, note }, files))) if !saving => {
+                copy_out(
+                    object.volume(),
+                    files,
+                    &grant::open(key, &sealed.sealed, &sealed.aad)?,
+                    &note,
+                )?;
+                control.send(&FromDisk::Copied)?;
+            }
+            Ok(None | Some((ToDisk::Close, _))) => break Ok(()),
             Ok(Some(_)) => break Err(out_of_turn()),
             Err(error) => break Err(error),
         }
@@ -154,6 +175,9 @@ impl Teller {
 
     /// Shuts the gate, makes all durable and says how far that is.
     fn end(&self, serving: &Serving, object: &Object<File>) -> Result<(), DiskError> {
+        if object.is_saved() {
+            return Ok(()); // Nothing was written.
+        }
         serving
             .close(object)
             .and_then(|()| object.volume().close())
@@ -162,55 +186,182 @@ impl Teller {
     }
 }
 
-/// The file that the opened grant is for.
-fn open(files: Files, opened: &Opened, teller: &Teller) -> Result<Object<File>, DiskError> {
+/// The file that the opened grant is for, and the note that came with it.
+fn open(
+    files: Files,
+    opened: &Opened,
+    teller: &Teller,
+    key: &SecretKey,
+) -> Result<(Object<File>, Option<String>), DiskError> {
     let grant = Grant::parse(&opened.grant)?;
-    let size_bytes = u64::from(files.size_mb) << 20;
+    let is_memory = matches!(grant.purpose, Purpose::Memory | Purpose::SnapshotMemory);
+    let fits = match files.content {
+        Content::Disk => grant.purpose == Purpose::Disk,
+        Content::Saving => is_memory && opened.format,
+        Content::Saved => is_memory && !opened.format,
+    };
+    if !fits {
+        return Err(DiskError::Grant {
+            why: "it is for something else than these files",
+        });
+    }
+    let size_bytes = match files.content {
+        Content::Saved => image::size_bytes(&files.backing)?,
+        Content::Disk | Content::Saving => u64::from(files.size_mb) << 20,
+    };
+    let (template, image) = match files.beside {
+        Beside::Nothing => (None, None),
+        Beside::Template(template) => (Some(template), None),
+        Beside::Image(volume, tags) => (None, Some((volume, tags))),
+    };
+    let from = match (image, &opened.from) {
+        (Some((volume, tags)), Some(sealed)) => Some(image_open(volume, tags, sealed, key)?),
+        (None, None) => None,
+        _ => return Err(out_of_turn()),
+    };
+    // A copy takes the place of the disk that the anchor is of: it is new under a later start.
+    let anchor = grant.anchor.clone().filter(|_| from.is_none());
+    let grant = Grant { anchor, ..grant };
     let volume = open_or_format(
         files.backing,
         Some(files.tags),
-        files.template.as_ref(),
+        template.as_ref(),
         &grant,
         opened.format,
         size_bytes,
-    )?;
+    )
+    .map_err(|error| match files.content {
+        Content::Saved => unclosed(error),
+        Content::Disk | Content::Saving => error,
+    })?;
+    let note = match &from {
+        Some((from, note)) => {
+            image::copy(from, &volume, Way::FromImage)?;
+            volume.close().map_err(DiskError::io("syncing a copy"))?;
+            Some(note.clone())
+        }
+        None if files.content == Content::Saved => Some(image::note_read(&volume)?),
+        None => None,
+    };
     let witness = Witness::new(grant.disk_key.expose(), grant.workspace.clone());
     let _first = teller.witness.set(witness);
-    Ok(Object::new(Identity::new(&grant)?, volume))
+    let object = match files.content {
+        Content::Disk => Object::new(Identity::new(&grant)?, volume),
+        Content::Saving => Object::memory(volume, false),
+        Content::Saved => Object::memory(volume, true),
+    };
+    Ok((object, note))
+}
+
+/// A snapshot's disk, and its note.
+fn image_open(
+    volume: File,
+    tags: File,
+    sealed: &Sealed,
+    key: &SecretKey,
+) -> Result<(Volume<File>, String), DiskError> {
+    let text = grant::open(key, &sealed.sealed, &sealed.aad)?;
+    let grant = Grant::parse(&text)?;
+    if grant.purpose != Purpose::SnapshotDisk {
+        return Err(DiskError::Grant {
+            why: "what the disk is filled from is no snapshot's disk",
+        });
+    }
+    let size_bytes = image::size_bytes(&volume)?;
+    let volume = open_or_format(volume, Some(tags), None, &grant, false, size_bytes);
+    let volume = volume.map_err(unclosed)?;
+    let note = image::note_read(&volume)?;
+    Ok((volume, note))
+}
+
+/// An image was closed before it was kept: one that wants to be recovered, which its files don't
+/// allow, has lost its last superblock since.
+fn unclosed(error: DiskError) -> DiskError {
+    match error {
+        DiskError::Io { source, .. } if source.raw_os_error() == Some(libc::EBADF) => {
+            DiskError::Tampered {
+                what: "the image's sidecar was changed",
+            }
+        }
+        error => error,
+    }
+}
+
+/// Copies the disk, whose VM stands still, to the image in `files`.
+fn copy_out(
+    disk: &Volume<File>,
+    files: Vec<OwnedFd>,
+    grant: &[u8],
+    note: &str,
+) -> Result<(), DiskError> {
+    let numbers: Vec<RawFd> = files.iter().map(AsRawFd::as_raw_fd).collect();
+    let grant = Grant::parse(grant)?;
+    let mut files = files.into_iter().map(File::from);
+    let (Some(volume), Some(tags)) = (files.next(), files.next()) else {
+        return Err(out_of_turn());
+    };
+    if numbers[..] != [BESIDE_FD, BESIDE_TAGS_FD] || grant.purpose != Purpose::SnapshotDisk {
+        return Err(out_of_turn());
+    }
+    let syncing = "syncing the disk to copy";
+    // From here on all of it is in the file that is copied.
+    disk.anchor().map_err(DiskError::io(syncing))?;
+    let size_bytes = disk.size_bytes() + NOTE_AREA_BYTES;
+    let image = open_or_format(volume, Some(tags), None, &grant, true, size_bytes)?;
+    image::copy(disk, &image, Way::ToImage)?;
+    image::note_write(&image, note)?;
+    image.close().map_err(DiskError::io("syncing a snapshot"))
+}
+
+fn state(volume: &Volume<File>) -> Anchor {
+    let report = volume.report();
+    Anchor {
+        run: report.generation.run,
+        batch: report.generation.batch,
+        root: hex::encode(report.root),
+    }
 }
 
 /// What warden sent for the workspace that this process is to serve.
 struct Files {
+    content: Content,
     backing: File,
     tags: File,
-    template: Option<File>,
+    beside: Beside,
     size_mb: u32,
     bytes_per_s: u64,
     ops_per_s: u64,
 }
 
+/// What a new volume is filled from.
+enum Beside {
+    Nothing,
+    Template(File),
+    /// A snapshot's disk: volume, sidecar.
+    Image(File, File),
+}
+
 /// Waits for the files; `None` if the process is to end instead.
 fn receive_files(control: &Control) -> Result<Option<Files>, DiskError> {
     let wrong = |subject, why| Err(DiskError::Protocol { subject, why });
-    let (size_mb, bytes_per_s, ops_per_s, fds) = match control.receive_with_fds()? {
+    let (content, size_mb, bytes_per_s, ops_per_s, fds) = match control.receive_with_fds()? {
         None | Some((ToDisk::Close, _)) => return Ok(None),
         Some((
             ToDisk::Open {
+                content,
                 size_mb,
                 bytes_per_s,
                 ops_per_s,
             },
             fds,
-        )) => (size_mb, bytes_per_s, ops_per_s, fds),
-        Some((ToDisk::Grant { .. } | ToDisk::Anchor, _)) => return Err(out_of_turn()),
+        )) => (content, size_mb, bytes_per_s, ops_per_s, fds),
+        Some(_) => return Err(out_of_turn()),
     };
     // The sandbox knows files by these numbers.
     let numbers: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
-    if !matches!(
-        numbers[..],
-        [BACKING_FD, TAGS_FD] | [BACKING_FD, TAGS_FD, TEMPLATE_FD]
-    ) {
-        return wrong("files", "must be two or three");
+    let all = [BACKING_FD, TAGS_FD, BESIDE_FD, BESIDE_TAGS_FD];
+    if !(2..=4).contains(&numbers.len()) || numbers[..] != all[..numbers.len()] {
+        return wrong("files", "must be two to four");
     }
     if !(1..=VOLUME_MAX_MB).contains(&size_mb) {
         return wrong("size_mb", "out of bounds");
@@ -225,10 +376,19 @@ fn receive_files(control: &Control) -> Result<Option<Files>, DiskError> {
     let (Some(backing), Some(tags)) = (fds.next(), fds.next()) else {
         return wrong("files", "none");
     };
+    let beside = match (fds.next(), fds.next()) {
+        (None, _) => Beside::Nothing,
+        (Some(template), None) => Beside::Template(template),
+        (Some(volume), Some(tags)) => Beside::Image(volume, tags),
+    };
+    if content != Content::Disk && !matches!(beside, Beside::Nothing) {
+        return wrong("files", "memory is filled from nothing");
+    }
     Ok(Some(Files {
+        content,
         backing,
         tags,
-        template: fds.next(),
+        beside,
         size_mb,
         bytes_per_s,
         ops_per_s,
@@ -246,6 +406,7 @@ fn out_of_turn() -> DiskError {
 struct Opened {
     grant: Zeroizing<Vec<u8>>,
     format: bool,
+    from: Option<Sealed>,
 }
 
 /// Waits for the grant; `None` if the process is to end instead.
@@ -256,11 +417,13 @@ fn receive_grant(control: &Control, key: &SecretKey) -> Result<Option<Opened>, D
             sealed,
             aad,
             format,
+            from,
         }) => Ok(Some(Opened {
             grant: grant::open(key, &sealed, &aad)?,
             format,
+            from,
         })),
-        Some(ToDisk::Open { .. } | ToDisk::Anchor) => Err(out_of_turn()),
+        Some(_) => Err(out_of_turn()),
     }
 }
 

@@ -18,7 +18,7 @@ use seccompiler::{
 
 use crate::DiskError;
 use crate::limits::{
-    BACKING_FD, CONTROL_FD, FUSE_CLONE_FD, FUSE_FD, STDERR_FD, TAGS_FD, TEMPLATE_FD,
+    BACKING_FD, BESIDE_FD, BESIDE_TAGS_FD, CONTROL_FD, FUSE_CLONE_FD, FUSE_FD, STDERR_FD, TAGS_FD,
 };
 
 /// The oldest Landlock that has all rights and scopes that are closed here (Linux 6.12).
@@ -70,22 +70,25 @@ enum When {
     Anonymous,
 }
 
+/// Files at rest. What may only be read was opened so.
+const FILES: &[i32] = &[BACKING_FD, TAGS_FD, BESIDE_FD, BESIDE_TAGS_FD];
+/// Those that hold ciphertext.
+const VOLUMES: &[i32] = &[BACKING_FD, BESIDE_FD];
+
 /// Each call with its reason.
 const ALLOWED: &[(libc::c_long, When)] = &[
     // Requests and answers.
     (libc::SYS_read, When::Fd(&[FUSE_FD, FUSE_CLONE_FD])),
     (libc::SYS_writev, When::Fd(&[FUSE_FD, FUSE_CLONE_FD])),
-    // Ciphertext, tags, and the template.
-    (
-        libc::SYS_pread64,
-        When::Fd(&[BACKING_FD, TAGS_FD, TEMPLATE_FD]),
-    ),
-    (libc::SYS_pwrite64, When::Fd(&[BACKING_FD, TAGS_FD])),
-    (libc::SYS_fallocate, When::Fd(&[BACKING_FD])), // Holes.
-    (libc::SYS_ftruncate, When::Fd(&[BACKING_FD, TAGS_FD])), // New, or larger.
-    (libc::SYS_sync_file_range, When::Fd(&[BACKING_FD])), // Written data begins to go out.
-    (libc::SYS_fdatasync, When::Fd(&[BACKING_FD, TAGS_FD])),
-    (libc::SYS_lseek, When::Fd(&[BACKING_FD, TEMPLATE_FD])), // Length; where the data is.
+    // Ciphertext and tags: the object's, and those of one beside it that it is filled from or copied
+    // to (the first may also be a template).
+    (libc::SYS_pread64, When::Fd(FILES)),
+    (libc::SYS_pwrite64, When::Fd(FILES)),
+    (libc::SYS_fallocate, When::Fd(VOLUMES)),       // Holes.
+    (libc::SYS_ftruncate, When::Fd(FILES)),         // New, or larger.
+    (libc::SYS_sync_file_range, When::Fd(VOLUMES)), // Written data begins to go out.
+    (libc::SYS_fdatasync, When::Fd(FILES)),
+    (libc::SYS_lseek, When::Fd(VOLUMES)), // Length; where the data is.
     // Warden.
     (libc::SYS_recvmsg, When::Fd(&[CONTROL_FD])), // With the files.
     (libc::SYS_sendto, When::Fd(&[CONTROL_FD])),

@@ -232,6 +232,13 @@ impl<B: Backing> Volume<B> {
             .transpose()
     }
 
+    /// Its state as it is known, durable or not; of a volume without a sidecar, none.
+    #[must_use]
+    pub fn report(&self) -> Report {
+        let sidecar = self.shared.sidecar.as_ref();
+        sidecar.map(Sidecar::report).unwrap_or_default()
+    }
+
     /// Ends the making of a volume: see [`Sidecar::finish`].
     pub(crate) fn finish(&self) -> Result<(), DiskError> {
         match &self.shared.sidecar {

@@ -132,6 +132,7 @@ fn messages_out_of_turn_or_without_files_end_the_process() {
         assert!(matches!(disk.receive(), FromDisk::Hello { .. }));
         if files == 0 {
             disk.send(&ToDisk::Open {
+                content: api::disk::Content::Disk,
                 size_mb: 64,
                 bytes_per_s: 1 << 30,
                 ops_per_s: 1000,

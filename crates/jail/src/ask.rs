@@ -3,7 +3,7 @@
 //!
 //! | kind | descriptors |
 //! |---|---|
-//! | vmm | image, stderr, QMP, agent channel, tap (Firecracker: none, and what it connects to goes out by the first channel); cold and build: kernel, initramfs; template and build: memory, state |
+//! | vmm | image, stderr, QMP, agent channel, tap (Firecracker: none, and what it connects to goes out by the first channel); cold and build: kernel, initramfs; template and build: memory, state; wake: the mount of saved memory, state |
 //! | vmctl | executable, QMP, agent channel, host's listener, warden's listener |
 //! | disk | executable, warden's end of its channel (kept for the next warden), its own end, `/dev/fuse` twice |
 //! | net | executable, its end of the channel |
@@ -82,6 +82,8 @@ pub enum Kind {
     OpenMount {
         /// The slot.
         slot: u16,
+        /// For what.
+        access: OpenFor,
     },
     /// Nothing is run: the mount goes into the jail of a VMM that takes no descriptors.
     GiveMount {
@@ -94,6 +96,18 @@ pub enum Kind {
         /// The slot.
         slot: u16,
     },
+}
+
+/// What a mount's file is opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OpenFor {
+    /// As a guest's disk: reading and writing, past the page cache.
+    Disk,
+    /// To save memory: writing only, so that whoever passes it on can't read it.
+    Save,
+    /// To wake: reading only.
+    Wake,
 }
 
 impl Kind {
@@ -131,7 +145,7 @@ impl Kind {
                 ..
             } => (slot, Some((memory_mb, cpus))),
             Self::Disk { slot }
-            | Self::OpenMount { slot }
+            | Self::OpenMount { slot, .. }
             | Self::GiveMount { slot }
             | Self::Settle { slot } => (slot, None),
             Self::Net { .. } | Self::Volumes | Self::Mkfs => (0, None),
@@ -188,7 +202,8 @@ mod tests {
         }
         let slot = bounds::SLOTS_MAX;
         assert!(Kind::Disk { slot }.check().is_err());
-        assert!(Kind::OpenMount { slot: slot - 1 }.check().is_ok());
+        let (slot, access) = (slot - 1, OpenFor::Wake);
+        assert!(Kind::OpenMount { slot, access }.check().is_ok());
     }
 
     proptest! {

@@ -11,7 +11,7 @@
 //! It is a process of its own because warden has threads: after a fork of those, little may be
 //! called. Must never take a path or a command from anything but the [`Plan`] of the kind.
 
-use crate::ask::{Ask, Kind, Said};
+use crate::ask::{Ask, Kind, OpenFor, Said};
 use crate::channel::{recv, send};
 use crate::files::{beneath, open_beneath};
 use crate::limits::{ASK_MAX_BYTES, EXE_FD, NOFILE_MAX, VMM_UID};
@@ -72,7 +72,9 @@ fn launch(sock: &OwnedFd, root: &Path) -> Step {
         rustix::io::write(&group, b"0").map_err(at("join a control group"))?;
     }
     match (ask.kind, &fds[..]) {
-        (Kind::OpenMount { slot }, [mount]) => return open_mount(sock, slot, mount),
+        (Kind::OpenMount { slot, access }, [mount]) => {
+            return open_mount(sock, slot, access, mount);
+        }
         (Kind::GiveMount { .. }, [vmm, mount]) => {
             named::hold(vmm, mount)?;
             return ready(sock, vmm);
@@ -307,6 +309,11 @@ fn build_root(plan: &Plan, fds: &[OwnedFd], installation: &Path) -> Step {
             Entry::Held { at: path } => {
                 Some(placeholder(path, 0, 0).map_err(at("make a placeholder"))?)
             }
+            // Attached nowhere: it is moved, and this root is the one place that it is ever in.
+            Entry::Mount { fd, .. } => {
+                let fd = pick(fds, *fd)?.try_clone();
+                Some(fd.map_err(at("keep a mount"))?)
+            }
             Entry::Link { .. } => None,
         });
     }
@@ -410,13 +417,21 @@ fn place(root: &OwnedFd, entry: &Entry, tree: Option<&OwnedFd>) -> io::Result<()
         };
         return Ok(rustix::fs::symlinkat(to, &dir, name)?);
     };
-    let stat = rustix::fs::statat(tree, "", AtFlags::EMPTY_PATH)?;
-    if matches!(entry, Entry::Device { .. }) && stat.st_mode & 0o006 != 0o006 {
+    // Of a mount only its one user may ask; it is a file.
+    let stat = match entry {
+        Entry::Mount { .. } => None,
+        _ => Some(rustix::fs::statat(tree, "", AtFlags::EMPTY_PATH)?),
+    };
+    if let (Entry::Device { .. }, Some(stat)) = (entry, &stat)
+        && stat.st_mode & 0o006 != 0o006
+    {
         // Not for everybody outside (/dev/kvm): a node of its own, for the one who is inside.
         let (kind, mode) = (FileType::CharacterDevice, Mode::from_raw_mode(0o666));
         return Ok(rustix::fs::mknodat(&dir, name, kind, mode, stat.st_rdev)?);
     }
-    let target = if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
+    let is_directory =
+        |stat: rustix::fs::Stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
+    let target = if stat.is_some_and(is_directory) {
         rustix::fs::mkdirat(&dir, name, Mode::from_raw_mode(0o755))?;
         beneath(&dir, name, OFlags::PATH | OFlags::DIRECTORY, 0)?
     } else {
@@ -431,6 +446,9 @@ fn place(root: &OwnedFd, entry: &Entry, tree: Option<&OwnedFd>) -> io::Result<()
             | Entry::Sockets { .. }
             | Entry::Placeholder { .. }
             | Entry::Held { .. } => libc::MOUNT_ATTR_NOEXEC | libc::MOUNT_ATTR_NODEV,
+            Entry::Mount { .. } => {
+                libc::MOUNT_ATTR_NOEXEC | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_RDONLY
+            }
             _ => libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_RDONLY,
         };
     let all = libc::MOUNT_ATTR_NOEXEC | libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NODEV;
@@ -467,6 +485,7 @@ fn landlock(root: &[Entry]) -> Step {
         for entry in root {
             let (at, access) = match entry {
                 Entry::Bind { at, .. } => (at.as_str(), read),
+                Entry::Mount { at, .. } => (at.as_str(), AccessFs::ReadFile.into()),
                 Entry::BindWrite { at, .. } | Entry::Device { at, .. } => (at.as_str(), write),
                 Entry::BindReplace { at, .. } => (at.as_str(), replace),
                 Entry::Sockets { at } => (at.as_str(), AccessFs::MakeSock.into()),
@@ -493,11 +512,16 @@ fn ready(sock: &OwnedFd, vmm: &OwnedFd) -> Step {
 }
 
 /// Opens the file that a mount consists of, as the one uid that may, and sends it to warden.
-fn open_mount(sock: &OwnedFd, slot: u16, mount: &OwnedFd) -> Step {
+fn open_mount(sock: &OwnedFd, slot: u16, access: OpenFor, mount: &OwnedFd) -> Step {
     drop_privileges(VMM_UID + u32::from(slot), CapabilitySet::empty())?;
     let path = format!("/proc/self/fd/{}", mount.as_raw_fd());
     // The VMM matches the access mode and O_DIRECT of a descriptor that it is given.
-    let flags = OFlags::RDWR | OFlags::DIRECT | OFlags::CLOEXEC;
+    let flags = OFlags::CLOEXEC
+        | match access {
+            OpenFor::Disk => OFlags::RDWR | OFlags::DIRECT,
+            OpenFor::Save => OFlags::WRONLY,
+            OpenFor::Wake => OFlags::RDONLY,
+        };
     let file = rustix::fs::open(path, flags, Mode::empty()).map_err(at("open the disk's file"))?;
     send(sock, &Said::Ready { pid: 0 }, &[file.as_fd()]).map_err(at("send the disk's file"))
 }

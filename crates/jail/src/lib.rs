@@ -24,6 +24,7 @@
 pub mod ask;
 pub mod cgroup;
 pub mod channel;
+pub mod ends;
 pub mod fault;
 mod files;
 pub mod launch;
@@ -33,6 +34,7 @@ pub mod named;
 pub mod plan;
 pub mod process;
 pub mod seccomp;
+pub mod small;
 pub mod tap;
 pub mod vmm;
 

@@ -42,6 +42,10 @@ pub const EXE_FD: i32 = 1023;
 pub const STATE_MAX_BYTES: u64 = 64 << 20;
 /// Bytes kept of what a VMM writes to stderr (one pipe's buffer).
 pub const STDERR_MAX_BYTES: usize = 4 << 10;
+/// Largest small file that warden reads (journals, manifests, keys), bytes.
+pub const SMALL_FILE_MAX_BYTES: u64 = 64 << 10;
+/// vmctl takes a descriptor within this.
+pub const VMCTL_WAIT: Duration = Duration::from_secs(5);
 /// Most descriptors in one message.
 pub const FDS_MAX: usize = 48;
 /// Longest request to the launcher, and longest answer, bytes.

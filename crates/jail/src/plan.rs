@@ -148,6 +148,13 @@ pub enum Entry {
         /// Where, absolute.
         at: String,
     },
+    /// A mount of one file that is attached nowhere yet, read-only.
+    Mount {
+        /// Its descriptor.
+        fd: usize,
+        /// Where, absolute.
+        at: String,
+    },
     /// A symbolic link.
     Link {
         /// What it says.
@@ -169,6 +176,7 @@ impl Entry {
             | Self::Placeholder { at, .. }
             | Self::Held { at }
             | Self::Device { at, .. }
+            | Self::Mount { at, .. }
             | Self::Link { at, .. } => at,
         }
     }
@@ -341,7 +349,7 @@ fn vmm(mut jail: Jail, kind: Kind, given: &mut Given, root: &Path) -> Step<Jail>
     for what in ["QMP channel", "agent channel", "tap"] {
         jail.pass(given.next(what)?);
     }
-    if how != Start::Template {
+    if matches!(how, Start::Cold | Start::Build) {
         jail.bind(given.next("kernel")?, &format!("/{KERNEL}"));
         jail.bind(given.next("initramfs")?, &format!("/{INITRAMFS}"));
     }
@@ -349,7 +357,11 @@ fn vmm(mut jail: Jail, kind: Kind, given: &mut Given, root: &Path) -> Step<Jail>
         Start::Template => jail.bind(given.next("memory")?, "/template/memory"),
         Start::Build => jail.bind_write(given.next("memory")?, "/template/memory"),
         Start::Cold => {}
-        Start::Wake => return Err("no VMM wakes yet".into()),
+        Start::Wake => {
+            let fd = jail.own(given.next("saved memory")?);
+            let at = "/saved/memory".into();
+            jail.plan.root.push(Entry::Mount { fd, at });
+        }
     }
     if how != Start::Cold {
         jail.pass(given.next("state")?);

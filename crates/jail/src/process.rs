@@ -1,6 +1,6 @@
 //! Processes by pidfd, and by (pid, start time) across a restart of warden.
 
-use crate::ask::{Ask, Kind, Said};
+use crate::ask::{Ask, Kind, OpenFor, Said};
 use crate::channel;
 use crate::fault::{At, Result};
 use crate::limits::{ASK_MAX_BYTES, JAIL_WAIT, STDERR_MAX_BYTES};
@@ -187,8 +187,8 @@ impl Launcher {
     ///
     /// # Errors
     /// The step that failed.
-    pub fn open_mount(&self, slot: u16, mount: OwnedFd) -> Result<OwnedFd> {
-        let (_, _, file) = self.launch(Kind::OpenMount { slot }, &[], &[mount])?;
+    pub fn open_mount(&self, slot: u16, access: OpenFor, mount: OwnedFd) -> Result<OwnedFd> {
+        let (_, _, file) = self.launch(Kind::OpenMount { slot, access }, &[], &[mount])?;
         Ok(file)
     }
 
@@ -205,7 +205,10 @@ impl Launcher {
         mount: OwnedFd,
     ) -> Result<(WardenOp, Option<OwnedFd>)> {
         if driver == Driver::Qemu {
-            return Ok((WardenOp::DiskFd, Some(self.open_mount(slot, mount)?)));
+            return Ok((
+                WardenOp::DiskFd,
+                Some(self.open_mount(slot, OpenFor::Disk, mount)?),
+            ));
         }
         let vmm = vmm.try_clone().at("name the VMM of slot", slot)?.pidfd;
         self.launch(Kind::GiveMount { slot }, &[], &[vmm, mount])?;

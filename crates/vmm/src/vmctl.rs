@@ -56,6 +56,9 @@ pub struct Vm<V, T> {
     disk: Option<Disk>,
     /// Where memory is saved to: open for writing only.
     memory: Option<OwnedFd>,
+    /// The same once it was used: its process ends with its last descriptor, and has still to be
+    /// told what becomes of it.
+    saved: Option<OwnedFd>,
     /// How long the VMM took to take the disk and to continue, µs.
     disk_us: u128,
     answers: Vec<(T, Result<Value, Error>)>,
@@ -110,6 +113,7 @@ impl<V: Vmm, T> Vm<V, T> {
             waiting: None,
             disk: None,
             memory: None,
+            saved: None,
             disk_us: 0,
             answers: Vec::new(),
         }
@@ -178,7 +182,8 @@ impl<V: Vmm, T> Vm<V, T> {
     /// # Errors
     /// There is no workspace, or a file already.
     pub fn memory_keep(&mut self, file: OwnedFd) -> Result<(), Error> {
-        if !matches!(self.state, State::Running | State::Paused) || self.memory.is_some() {
+        let has_one = self.memory.is_some() || self.saved.is_some();
+        if !matches!(self.state, State::Running | State::Paused) || has_one {
             return Err(self.conflict("only a workspace's memory can be saved, to one file"));
         }
         self.memory = Some(file);
@@ -187,7 +192,7 @@ impl<V: Vmm, T> Vm<V, T> {
 
     /// Lets go of that file.
     pub fn memory_drop(&mut self) {
-        self.memory = None;
+        (self.memory, self.saved) = (None, None);
     }
 
     /// Takes in what the guest said.
@@ -444,6 +449,7 @@ impl<V: Vmm, T> Vm<V, T> {
             }),
             Err(e) => Err(e),
         };
+        self.saved = Some(file);
         match saved {
             Ok(()) => Ok(json!(self.status())),
             // It said no, or the file did: the workspace is none the worse.
@@ -635,7 +641,8 @@ impl<V: Vmm, T> Vm<V, T> {
                 Some(&e),
             );
         }
-        (self.disk, self.memory) = (None, None);
+        self.disk = None;
+        self.memory_drop();
         self.state = State::Exited(reason);
         let status = json!(self.status());
         self.answer(Ok(status));

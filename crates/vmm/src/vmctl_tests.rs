@@ -473,6 +473,7 @@ fn memory_is_saved_to_one_file_and_the_workspace_goes_on_whatever_comes_of_it() 
             ErrorCode::Conflict,
             "one file, once"
         );
+        w.vm.memory_drop();
         w.ask(Op::Resume).unwrap().unwrap();
         assert!(matches!(w.hear(), ToGuest::Clock { .. }));
     }

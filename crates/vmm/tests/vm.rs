@@ -220,6 +220,7 @@ impl Vm {
         let status: Status = self.ask(&Op::MemorySave).unwrap();
         println!("saved in {:?}", start.elapsed());
         assert_eq!(status.vm, VmState::Paused);
+        self.warden(WardenOp::MemoryDrop, &[]);
     }
 
     fn warden(&self, op: WardenOp, fds: &[BorrowedFd<'_>]) {

@@ -84,6 +84,14 @@ impl Client {
         self.ask(&Ask::ForgetNew { of }).map(drop)
     }
 
+    /// Removes the object, durably; a process that has it keeps it to itself.
+    ///
+    /// # Errors
+    /// The files'.
+    pub fn spend(&mut self, of: Name) -> Result {
+        self.ask(&Ask::Spend { of }).map(drop)
+    }
+
     /// Removes all that was begun and that no process holds.
     ///
     /// # Errors

@@ -46,6 +46,7 @@ fn answer(store: &Store, ask: Ask) -> Result<(Said, Vec<OwnedFd>)> {
         }
         Ask::Keep { of, inode } => store.keep(&of, inode).map(|()| Said::Done)?,
         Ask::ForgetNew { of } => store.forget_new(&of).map(|()| Said::Done)?,
+        Ask::Spend { of } => store.spend(&of).map(|()| Said::Done)?,
         Ask::SweepNew => store.sweep_new().map(|()| Said::Done)?,
         Ask::Erase { workspace, object } => store.erase(&workspace, object).map(|()| Said::Done)?,
         Ask::Bytes { of } => Said::Bytes(store.bytes(&of)),

@@ -141,19 +141,25 @@ impl Store {
                 held.push(volume);
             }
         }
-        for of in &names {
-            self.forget_new(of)?;
-            let (from, to) = (self.dir.join(of.to_string()), self.dir.join(new(of)));
-            match std::fs::rename(from, to) {
-                Ok(()) => {
-                    sync(&self.dir).at("sync the directory of", of)?;
-                    self.forget_new(of)?;
-                }
-                Err(e) if e.kind() == ErrorKind::NotFound => {}
-                Err(e) => return Err(e).at("erase", of),
-            }
-        }
+        names.iter().try_for_each(|of| self.spend(of))?;
         sync(&self.dir).at("sync the directory of", workspace)
+    }
+
+    /// Removes the object, whoever has it open. None is as good.
+    ///
+    /// # Errors
+    /// The files'.
+    pub fn spend(&self, of: &Name) -> Result {
+        self.forget_new(of)?;
+        let (from, to) = (self.dir.join(of.to_string()), self.dir.join(new(of)));
+        match std::fs::rename(from, to) {
+            Ok(()) => {
+                sync(&self.dir).at("sync the directory of", of)?;
+                self.forget_new(of)
+            }
+            Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
+            Err(e) => Err(e).at("erase", of),
+        }
     }
 
     /// Bytes that both files take up; 0 when there are none.
@@ -283,6 +289,22 @@ mod tests {
 
     fn code<T>(result: Result<T>) -> ErrorCode {
         result.err().unwrap().code
+    }
+
+    #[test]
+    fn what_is_spent_is_its_reader_s_alone_and_can_be_begun_anew() {
+        let (dir, store, name) = world();
+        make(&store, &name, "memory");
+        let ([volume, _tags], _) = store.open(&name, How::Read).unwrap();
+        store.spend(&name).unwrap();
+        assert_eq!(store.list(&name.workspace), []);
+        assert_eq!(code(store.open(&name, How::Read)), ErrorCode::NotFound);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        let read = std::io::read_to_string(std::fs::File::from(volume)).unwrap();
+        assert_eq!(read, "memory");
+        store.spend(&name).unwrap();
+        make(&store, &name, "another");
+        assert_eq!(text(&store, &name), "another");
     }
 
     #[test]

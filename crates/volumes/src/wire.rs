@@ -71,6 +71,12 @@ pub enum Ask {
         /// Which.
         of: Name,
     },
+    /// Removes the object, durably, also while a process reads it: from then on only that process
+    /// has it. Idempotent.
+    Spend {
+        /// Which.
+        of: Name,
+    },
     /// Removes all that was begun and that no process holds. Idempotent.
     SweepNew,
     /// Removes one object or all of the workspace, durably. Idempotent.

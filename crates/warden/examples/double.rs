@@ -160,7 +160,10 @@ fn disk() {
     }
     let mut backing = File::from(fds.into_iter().next().unwrap());
     backing.write_all(b"a volume").unwrap();
-    say(r#"{"type":"ready","size_bytes":1048576}"#.into());
+    say(format!(
+        r#"{{"type":"ready","size_bytes":1048576,"state":{{"run":1,"batch":0,"root":"{}"}}}}"#,
+        "5a".repeat(32)
+    ));
     // A statement as the real one makes it, but for its MAC; one batch further each time.
     let anchor = |batch: u32| {
         let (root, mac) = ("5a".repeat(32), "6b".repeat(32));

@@ -10,7 +10,7 @@ use crate::layout::{read_small, remove, write_small};
 use api::disk::Anchored;
 use api::warden::{ImageId, NetRates, Open, Slot, SlotState, Start, VmOpened};
 use jail::process::Proc;
-use model::{StartId, WorkspaceId};
+use model::{Purpose, StartId, WorkspaceId};
 use net::Rules;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -22,6 +22,8 @@ use vmm::driver::Driver;
 pub enum Step {
     /// Nothing exists yet.
     Begin,
+    /// Memory to wake from waits for its key; there is no VM.
+    MemoryWaits,
     /// Control groups, then tap and firewall entries.
     Net,
     /// VMM, vmctl and disk process wait in their jails.
@@ -34,10 +36,14 @@ pub enum Step {
     DiskWaits,
     /// The grant goes to it.
     DiskGrant,
-    /// The volume is open; vmctl learns it.
+    /// The volume is open and kept; what memory was saved beside it goes.
+    Spend,
+    /// vmctl learns of it.
     DiskReady,
     /// Rests: the disk is with the VMM.
     DiskAttached,
+    /// Rests: memory of it is being kept.
+    Saving,
     /// A template is measured and moved into place.
     Seal,
     /// All of it goes.
@@ -48,7 +54,7 @@ impl Step {
     /// Whether a warden that starts takes the slot over as it is.
     #[must_use]
     pub fn rests(self) -> bool {
-        matches!(self, Self::Open | Self::DiskAttached)
+        matches!(self, Self::Open | Self::DiskAttached | Self::Saving)
     }
 }
 
@@ -91,6 +97,12 @@ pub struct Record {
     pub fresh: bool,
     /// What the disk said last.
     pub anchor: Option<Anchored>,
+    /// The process of the memory that it was woken from.
+    #[serde(default)]
+    pub woken: Option<Proc>,
+    /// The process that memory is being saved to, and what it becomes.
+    #[serde(default)]
+    pub saving: Option<(Proc, Purpose)>,
     /// What the firewall lets in.
     pub open: Vec<Open>,
     /// How fast.
@@ -108,16 +120,47 @@ impl Record {
         Rules { open, rates }
     }
 
-    /// What Status shows of it, once it has both processes.
+    /// One of a slot that has nothing yet.
     #[must_use]
-    pub fn view(&self, net: VmOpened) -> Option<Slot> {
-        Some(Slot {
+    pub fn new(slot: u16, how: Start, image: ImageId, memory_mb: u32, cpus: u32) -> Self {
+        Self {
+            v: 1,
+            slot,
+            step: Step::Begin,
+            how,
+            image,
+            memory_mb,
+            cpus,
+            driver: Driver::Qemu,
+            vmm: None,
+            vmctl: None,
+            disk: None,
+            hpke_pub: None,
+            measurement: None,
+            workspace: None,
+            start_id: None,
+            fresh: false,
+            anchor: None,
+            woken: None,
+            saving: None,
+            open: vec![],
+            rates: NetRates::default(),
+            dead: false,
+        }
+    }
+
+    /// What Status shows of it.
+    #[must_use]
+    pub fn view(&self, net: VmOpened) -> Slot {
+        let pid = |p: Option<Proc>| p.map_or(0, |p| p.pid);
+        Slot {
             slot: self.slot,
             workspace: self.workspace.clone(),
             start_id: self.start_id.clone(),
             state: match self.step {
                 _ if self.dead || self.step >= Step::Seal => SlotState::Dead,
-                Step::DiskAttached => SlotState::DiskAttached,
+                Step::MemoryWaits => SlotState::MemoryWaits,
+                Step::DiskAttached | Step::Saving => SlotState::DiskAttached,
                 s if s >= Step::DiskBegin => SlotState::DiskWaits,
                 _ => SlotState::Open,
             },
@@ -125,11 +168,11 @@ impl Record {
             image: self.image.clone(),
             memory_mb: self.memory_mb,
             cpus: self.cpus,
-            vmm_pid: self.vmm?.pid,
+            vmm_pid: pid(self.vmm),
             disk_pid: self.disk.map(|d| d.pid),
-            vmctl_pid: self.vmctl?.pid,
+            vmctl_pid: pid(self.vmctl),
             net,
-        })
+        }
     }
 }
 
@@ -229,26 +272,15 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let journal = Journal::new(dir.path().into());
             let record = Record {
-                v: 1,
-                slot: 7,
                 step: STEPS[step],
-                how: Start::Cold,
-                image: "0".repeat(64),
-                memory_mb: 256,
-                cpus: 1,
                 driver: if port % 2 == 0 { Driver::Firecracker } else { Driver::Qemu },
                 vmm: Some(Proc { pid: 1, start: 2 }),
-                vmctl: None,
-                disk: None,
-                hpke_pub: None,
-                measurement: None,
                 workspace: Some(WorkspaceId::from_bytes([1; 8])),
-                start_id: None,
                 fresh: true,
-                anchor: None,
+                saving: Some((Proc { pid: 3, start: 4 }, Purpose::Memory)),
                 open: vec![Open { source: api::warden::Source::Slot(3), port }],
                 rates: NetRates { bytes_per_s: u64::MAX, packets_per_s: port.into() },
-                dead: false,
+                ..Record::new(7, Start::Cold, "0".repeat(64), 256, 1)
             };
             journal.write(&record).unwrap();
             prop_assert_eq!(journal.read().unwrap(), vec![(7, Some(record))]);

@@ -12,7 +12,6 @@
 #![forbid(unsafe_code)]
 
 pub mod attest;
-pub mod diskproc;
 mod fault;
 pub mod journal;
 pub mod layout;
@@ -20,7 +19,6 @@ pub mod limits;
 pub mod server;
 pub mod slots;
 pub mod templates;
-pub mod vm;
 pub mod watch;
 
 pub use attest::Machine;

@@ -3,16 +3,17 @@
 use crate::fault::{At, Result, log};
 use crate::layout::{Layout, read_small, remove};
 use crate::limits::{CONNECTIONS_MAX, IN_FLIGHT_MAX};
-use crate::slots::{Warden, lock};
-use api::rpc::{Reply, Request, VERSION, blocking, decode};
-use api::{Error, ErrorCode};
+use crate::slots::Warden;
+use api::Error;
+use api::rpc::blocking::{Leave, converse};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fd::{AsFd as _, OwnedFd};
+use serde_json::Value;
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt as _;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 
 /// Process names → uids, as the supervisor wrote them.
 ///
@@ -87,10 +88,11 @@ pub fn serve(
             continue;
         }
         let (warden, busy) = (Arc::clone(warden), Arc::clone(&busy));
-        let open = Leave(Arc::clone(&connections));
+        let open = Leave::of(&connections);
         let run = move || {
             let _open = open;
-            if let Err(e) = converse(&warden, &stream, &busy) {
+            let answer = move |id: &str, op| answer(&warden, id, op);
+            if let Err(e) = converse(&stream, &busy, IN_FLIGHT_MAX, answer) {
                 log("peer.lost", serde_json::json!({"error": e.to_string()}));
             }
         };
@@ -106,83 +108,17 @@ pub fn serve(
     Ok(())
 }
 
-/// Counts something down when it is over, however that comes.
-struct Leave(Arc<AtomicUsize>);
-
-impl Drop for Leave {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::AcqRel);
+/// One request, of whoever may ask.
+fn answer(warden: &Arc<Warden>, request_id: &str, op: api::warden::Op) -> Result<Value> {
+    let result = warden.answer(op);
+    if let Err(e) = &result {
+        let request_id = clean(request_id);
+        log(
+            "refused",
+            serde_json::json!({"request_id": request_id, "error": e}),
+        );
     }
-}
-
-/// Requests of one connection: each in a thread of its own, so that a slow one holds up no other
-/// slot's.
-fn converse(
-    warden: &Arc<Warden>,
-    stream: &UnixStream,
-    busy: &Arc<AtomicUsize>,
-) -> std::io::Result<()> {
-    let writer = Arc::new(Mutex::new(stream.try_clone()?));
-    let mut reader = stream.try_clone()?;
-    while let Some(bytes) = blocking::read_frame(&mut reader)? {
-        let request: Request<api::warden::Op> = match decode(&bytes) {
-            Ok(request) => request,
-            Err(e) => {
-                // Its number may still be legible; without one the peer can't be answered.
-                #[derive(serde::Deserialize)]
-                struct Head {
-                    id: u64,
-                }
-                let Head { id } = serde_json::from_slice(&bytes)?;
-                reply(&writer, id, Err(e))?;
-                continue;
-            }
-        };
-        if request.v != VERSION {
-            let (v, why) = (request.v, "is not spoken here; upgrade both sides");
-            let refused = Error::new(ErrorCode::BadRequest, format!("protocol version {v} {why}"));
-            reply(&writer, request.id, Err(refused))?;
-            continue;
-        }
-        let leave = Leave(Arc::clone(busy));
-        if busy.fetch_add(1, Ordering::AcqRel) >= IN_FLIGHT_MAX {
-            let why = "too many requests at once; try again";
-            let busy = Error::new(ErrorCode::RateLimited, why);
-            reply(&writer, request.id, Err(busy))?;
-            continue;
-        }
-        let (warden, writer) = (Arc::clone(warden), Arc::clone(&writer));
-        let run = move || {
-            let _leave = leave;
-            let Request {
-                id,
-                request_id,
-                body,
-                ..
-            } = request;
-            let result = warden.answer(body);
-            if let Err(e) = &result {
-                log(
-                    "refused",
-                    serde_json::json!({"request_id": clean(&request_id), "error": e}),
-                );
-            }
-            // A peer that went away has its answer in the next Status.
-            let _ = reply(&writer, id, result);
-        };
-        std::thread::Builder::new()
-            .name("request".into())
-            .spawn(run)?;
-    }
-    Ok(())
-}
-
-fn reply(
-    writer: &Mutex<UnixStream>,
-    id: u64,
-    result: Result<serde_json::Value>,
-) -> std::io::Result<()> {
-    blocking::write_frame(&mut *lock(writer), &Reply::new(id, result))
+    result
 }
 
 /// A request id as it may stand in a log.

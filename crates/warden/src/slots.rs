@@ -15,21 +15,23 @@
 //! What it costs: a start that fails half-way loses its VM; host takes another one.
 
 mod attach;
+mod memory;
 mod sweep;
 
 use crate::attest::Machine;
-use crate::diskproc::Disk;
 use crate::fault::{At, Result, artifact_missing, conflict, failed, invalid, log, missing};
 use crate::journal::{Journal, Record, Step};
 use crate::layout::{Digests, Layout, check_digest_id, open_beneath, remove};
 use crate::limits::OPEN_MAX;
 use crate::templates::{Parts, Templates};
-use crate::vm;
 use crate::watch::Watch;
 use api::Error;
-use api::warden::{Counters, NetRates, Op, Open, Slot as View, Source, Start, Status, VmOpened};
+use api::warden::{
+    Counters, NetRates, Op, Open, Sealed, Slot as View, Source, Start, Status, VmOpened,
+};
 use jail::ask::Kind;
 use jail::cgroup::Cgroups;
+use jail::ends::Ends;
 use jail::limits::{KILL_WAIT, VMM_UID};
 use jail::plan;
 use jail::process::{self, Handle, Launcher, Proc};
@@ -44,6 +46,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vmm::driver::Driver;
 use volumes::Name;
+use volumes::image::{Image, Note};
+use volumes::serving::Disk;
 
 /// What warden is started with.
 pub struct Config {
@@ -76,6 +80,8 @@ pub struct Warden {
     volumes: Mutex<volumes::Client>,
     slots: Mutex<HashMap<u16, Arc<Mutex<Option<Slot>>>>>,
     views: Mutex<BTreeMap<u16, View>>,
+    /// Memory to wake from that waits for its key, on slots that have nothing else.
+    waking: Mutex<HashMap<u16, (Record, Image)>>,
     /// Workspaces whose disk is on a slot, or on its way.
     in_use: Mutex<HashSet<WorkspaceId>>,
     watch: Arc<Watch>,
@@ -86,6 +92,12 @@ struct Slot {
     vmm: Handle,
     vmctl: Handle,
     disk: Option<Disk>,
+    /// Serves the memory that the VM was woken from, as long as it maps it.
+    woken: Option<Disk>,
+    /// What this memory goes with.
+    beside: Option<Note>,
+    /// Serves what its memory is being saved to.
+    saving: Option<Image>,
     /// What the VMM says last; empty for an adopted one.
     stderr: Option<OwnedFd>,
 }
@@ -122,6 +134,7 @@ impl Warden {
             volumes: Mutex::new(volumes),
             slots: Mutex::default(),
             views: Mutex::default(),
+            waking: Mutex::default(),
             in_use: Mutex::default(),
             watch: Arc::new(Watch::new()?),
             machine,
@@ -137,19 +150,16 @@ impl Warden {
     /// # Errors
     /// As each operation says.
     pub fn answer(self: &Arc<Self>, op: Op) -> Result<serde_json::Value> {
-        let json = |v: std::result::Result<_, _>| v.map_err(Error::internal);
         match op {
-            Op::Status => json(serde_json::to_value(self.status())),
+            Op::Status => json(Ok(self.status())),
             Op::VmOpen {
                 slot,
                 how,
                 image,
                 memory_mb,
                 cpus,
-            } => json(serde_json::to_value(
-                self.vm_open(slot, how, image, memory_mb, cpus)?,
-            )),
-            Op::TemplateSeal { slot } => self.template_seal(slot).map(Into::into),
+            } => json(self.vm_open(slot, how, image, memory_mb, cpus)),
+            Op::TemplateSeal { slot } => json(self.template_seal(slot)),
             Op::DiskOpen {
                 slot,
                 workspace,
@@ -160,33 +170,58 @@ impl Warden {
                 bytes_per_s,
                 ops_per_s,
                 pids,
-                ..
+                from,
             } => {
                 let (whose, key) = ((workspace, start_id), (purpose, nonce));
                 let volume = (disk_mb, bytes_per_s, ops_per_s);
-                let opened = self.disk_open(slot, whose, key, volume, pids)?;
-                json(serde_json::to_value(opened))
+                json(self.disk_open(slot, whose, key, volume, pids, from))
             }
             Op::DiskGrant {
-                slot, sealed, aad, ..
-            } => self.disk_grant(slot, sealed, aad).map(Into::into),
-            Op::NetSet { slot, open, rates } => self.net_set(slot, open, rates).map(Into::into),
-            Op::DiskAnchor { slot, end } => {
-                json(serde_json::to_value(self.disk_anchor(slot, end)?))
+                slot,
+                sealed,
+                aad,
+                from,
+            } => {
+                let key = Sealed { sealed, aad };
+                json(self.disk_grant(slot, key, from))
             }
-            Op::SlotClose { slot } => self.slot_close(slot).map(Into::into),
-            Op::DiskErase { workspace } => self.disk_erase(&workspace).map(Into::into),
-            Op::Counters { slot } => json(serde_json::to_value(self.counters(slot)?)),
-            Op::SnapshotDiskOpen { .. }
-            | Op::SnapshotDiskGrant { .. }
-            | Op::MemoryOpen { .. }
-            | Op::MemoryGrant { .. }
-            | Op::MemoryEnd { .. }
-            | Op::ObjectErase { .. }
-            | Op::Objects { .. } => Err(Error::new(
-                api::ErrorCode::NotSupported,
-                "this host can't put workspaces to sleep",
-            )),
+            Op::SnapshotDiskOpen {
+                slot,
+                start_id,
+                nonce,
+            } => json(self.snapshot_open(slot, &start_id, nonce)),
+            Op::SnapshotDiskGrant { slot, sealed, aad } => {
+                let key = Sealed { sealed, aad };
+                json(self.snapshot_grant(slot, key))
+            }
+            Op::MemoryOpen {
+                slot,
+                workspace,
+                start_id,
+                purpose,
+                nonce,
+                save,
+            } => {
+                let of = Name {
+                    workspace,
+                    object: purpose,
+                };
+                json(self.memory_open(slot, of, (start_id, nonce), save))
+            }
+            Op::MemoryGrant { slot, sealed, aad } => {
+                let key = Sealed { sealed, aad };
+                json(self.memory_grant(slot, key))
+            }
+            Op::MemoryEnd { slot, end } => json(self.memory_end(slot, end)),
+            Op::ObjectErase { workspace, purpose } => {
+                json(self.disk_erase(&workspace, Some(purpose)))
+            }
+            Op::Objects { workspace } => json(self.objects(&workspace)),
+            Op::NetSet { slot, open, rates } => json(self.net_set(slot, open, rates)),
+            Op::DiskAnchor { slot, end } => json(self.disk_anchor(slot, end)),
+            Op::SlotClose { slot } => json(self.slot_close(slot)),
+            Op::DiskErase { workspace } => json(self.disk_erase(&workspace, None)),
+            Op::Counters { slot } => json(self.counters(slot)),
         }
     }
 
@@ -246,49 +281,42 @@ impl Warden {
         }
         let cell = self.cell(slot);
         let mut held = lock(&cell);
-        if held.is_some() {
-            return Err(conflict(format!("slot {slot} is in use")));
-        }
+        self.check_free(slot, &held)?;
         let record = Record {
-            v: 1,
-            slot,
-            step: Step::Begin,
-            how,
-            image,
-            memory_mb,
-            cpus,
             driver: self.config.vmm.driver,
-            vmm: None,
-            vmctl: None,
-            disk: None,
-            hpke_pub: None,
-            measurement: None,
-            workspace: None,
-            start_id: None,
-            fresh: false,
-            anchor: None,
-            open: vec![],
-            rates: NetRates::default(),
-            dead: false,
+            ..Record::new(slot, how, image, memory_mb, cpus)
         };
-        match self.vm_open_steps(record.clone()) {
+        let opened = self.vm_open_steps(record.clone(), None);
+        self.opened(&mut held, &record, opened)
+    }
+
+    /// Takes in a slot that was made, or removes what there is of it.
+    fn opened(
+        &self,
+        held: &mut Option<Slot>,
+        record: &Record,
+        opened: Result<Slot>,
+    ) -> Result<VmOpened> {
+        let slot = record.slot;
+        match opened {
             Ok(opened) => {
                 let opened = held.insert(opened);
-                self.watch.add(slot, &opened.vmm)?;
-                self.watch.add(slot, &opened.vmctl)?;
-                if let Some(disk) = &opened.disk {
-                    self.watch.add(slot, &disk.handle)?;
+                let disks = [&opened.disk, &opened.woken];
+                let disks = disks.into_iter().flatten().map(|d| &d.handle);
+                for handle in disks.chain([&opened.vmm, &opened.vmctl]) {
+                    self.watch.add(slot, handle)?;
                 }
                 Ok(self.config.network.of(slot))
             }
             Err(e) => {
-                self.clear(&record)?;
+                self.clear(record)?;
                 Err(e)
             }
         }
     }
 
-    fn vm_open_steps(&self, mut record: Record) -> Result<Slot> {
+    /// `saved`: mount and state of the memory that it is woken from.
+    fn vm_open_steps(&self, mut record: Record, saved: Option<[OwnedFd; 2]>) -> Result<Slot> {
         let slot = record.slot;
         let (how, driver) = (record.how, record.driver);
         let (memory_mb, cpus) = (record.memory_mb, record.cpus);
@@ -322,7 +350,7 @@ impl Warden {
         // Firecracker opens its own; see `disk_open_steps`.
         let tap = (driver == Driver::Qemu).then(|| lock(&self.net).tap(slot));
 
-        let ends = vm::Ends::new(&self.config.layout, slot)?;
+        let ends = Ends::new(&self.config.layout.vmctl(), slot)?;
         let (stderr, stderr_w) = process::words()?;
         let kind = Kind::Vmm {
             slot,
@@ -337,6 +365,7 @@ impl Warden {
         given.extend(tap.transpose()?);
         given.extend(boot);
         given.extend(files.into_iter().flat_map(|f| [f.memory, f.state]));
+        given.extend(saved.into_iter().flatten());
         let vmm = self.launcher.spawn(kind, &doors, &given)?;
         let kind = Kind::Vmctl {
             slot,
@@ -352,7 +381,12 @@ impl Warden {
         // A build never gets a disk.
         let disk = match record.how {
             Start::Build => None,
-            Start::Template | Start::Cold | Start::Wake => Some(self.disk_spawn(&mut record)?),
+            Start::Template | Start::Cold | Start::Wake => {
+                let (spawned, measurement) = self.disk_spawn(slot, &disk_group(slot))?;
+                record.disk = Some(spawned.proc());
+                record.measurement = Some(measurement);
+                Some(spawned)
+            }
         };
         record.vmm = Some(vmm.handle.proc);
         record.vmctl = Some(vmctl.handle.proc);
@@ -368,6 +402,9 @@ impl Warden {
             vmm,
             vmctl,
             disk,
+            woken: None,
+            beside: None,
+            saving: None,
             stderr: Some(stderr),
         })
     }
@@ -428,6 +465,14 @@ impl Warden {
         check_slot(slot)?;
         let cell = self.cell(slot);
         let mut held = lock(&cell);
+        let waiting = lock(&self.waking).remove(&slot);
+        if let Some((record, _)) = &waiting {
+            self.clear(record)?;
+        }
+        self.close_held(slot, &mut held)
+    }
+
+    fn close_held(&self, slot: u16, held: &mut Option<Slot>) -> Result<bool> {
         let Some(s) = held.as_mut() else {
             return Ok(true);
         };
@@ -463,6 +508,7 @@ impl Warden {
             p if s.record.vmm == Some(p) => "vmm",
             p if s.record.vmctl == Some(p) => "vmctl",
             p if s.record.disk == Some(p) => "disk",
+            p if s.record.woken == Some(p) => "memory",
             // Of an earlier tenant of the slot.
             _ => return,
         };
@@ -500,6 +546,12 @@ impl Warden {
                 s.record.anchor = Some(said);
             }
         }
+        // Of these nothing is to be kept; their groups end them, whatever they wait for.
+        (s.woken, s.saving) = (None, None);
+        for group in [woken_group, saving_group] {
+            // What is stuck in one shows when the slot is cleared.
+            let _ = self.cgroups.remove(&group(s.record.slot));
+        }
         if !gone && !s.vmm.kill(KILL_WAIT) {
             failed("vmm.stuck", s.record.slot, s.vmm.proc.pid);
         }
@@ -518,6 +570,10 @@ impl Warden {
         if let Some(workspace) = &record.workspace {
             if record.fresh {
                 lock(&self.volumes).forget_new(Name::disk(workspace))?;
+            }
+            if let Some((_, object)) = record.saving {
+                let workspace = workspace.clone();
+                lock(&self.volumes).forget_new(Name { workspace, object })?;
             }
             lock(&self.in_use).remove(workspace);
         }
@@ -542,9 +598,8 @@ impl Warden {
 
     fn publish(&self, record: &Record) -> Result {
         self.journal.write(record)?;
-        if record.step >= Step::Open
-            && let Some(view) = record.view(self.config.network.of(record.slot))
-        {
+        if record.step >= Step::Open || record.step == Step::MemoryWaits {
+            let view = record.view(self.config.network.of(record.slot));
             lock(&self.views).insert(record.slot, view);
         }
         Ok(())
@@ -603,6 +658,18 @@ impl Warden {
     pub(crate) fn watch(&self) -> &Arc<Watch> {
         &self.watch
     }
+
+    fn check_free(&self, slot: u16, held: &Option<Slot>) -> Result {
+        if held.is_none() && !lock(&self.waking).contains_key(&slot) {
+            return Ok(());
+        }
+        Err(conflict(format!("slot {slot} is in use")))
+    }
+}
+
+/// An answer as it travels.
+fn json(answer: Result<impl serde::Serialize>) -> Result<serde_json::Value> {
+    serde_json::to_value(answer?).map_err(Error::internal)
 }
 
 /// What is on the slot.
@@ -632,6 +699,14 @@ fn slot_group(slot: u16) -> String {
 
 fn vm_group(slot: u16) -> String {
     format!("slot-{slot}/vm")
+}
+
+fn woken_group(slot: u16) -> String {
+    format!("slot-{slot}/woken")
+}
+
+fn saving_group(slot: u16) -> String {
+    format!("slot-{slot}/saving")
 }
 
 fn disk_group(slot: u16) -> String {

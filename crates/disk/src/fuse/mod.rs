@@ -11,7 +11,7 @@
 //! [`Serving::close`] shuts the gate: what is inside ends and is answered, what is outside is
 //! never answered, so nothing was promised about it.
 //!
-//! The file is opened once. Whoever held it last, the file is never opened again.
+//! The file is opened once; what a VMM is woken from, twice. Whoever held it last, the file is never opened again.
 //!
 //! Own code instead of a library: the protocol for one file is this small, and the library at
 //! hand opens `/dev/fuse` by path while it serves (which the sandbox forbids), can't be stopped,
@@ -22,7 +22,7 @@ mod abi;
 use std::fs::File;
 use std::io::{self, IoSlice, Read, Write};
 use std::ops::ControlFlow;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use api::agent::VOLUME_OFFSET_BYTES;
@@ -44,6 +44,14 @@ const ZERO_KEEP: u32 = (libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE) 
 pub trait Content {
     /// Its size, bytes: 0 until there is a volume; never changes then.
     fn size_bytes(&self) -> u64;
+    /// How often it may be opened, in all.
+    fn opens_max(&self) -> u32 {
+        1
+    }
+    /// Whether setting this size is answered as done. It changes nothing.
+    fn may_resize(&self, to_bytes: u64) -> bool {
+        to_bytes == self.size_bytes()
+    }
     /// Fills `buf` from `offset` and answers how much there was before the end.
     ///
     /// # Errors
@@ -71,7 +79,7 @@ pub trait Content {
 pub struct Serving {
     owner_uid: Option<u32>,
     limiter: Limiter,
-    opened: AtomicBool,
+    opens: AtomicU32,
     /// True once the gate is shut.
     gate: RwLock<bool>,
 }
@@ -84,7 +92,7 @@ impl Serving {
         Self {
             owner_uid,
             limiter,
-            opened: AtomicBool::new(false),
+            opens: AtomicU32::new(0),
             gate: RwLock::new(false),
         }
     }
@@ -181,7 +189,9 @@ impl<C: Content> Worker<C> {
             Ok(()) => {}
             Err(error) => match error.raw_os_error() {
                 // Whoever asked is gone: the answer was for nobody.
-                Some(libc::ENOENT) if opened => self.serving.opened.store(false, Ordering::SeqCst),
+                Some(libc::ENOENT) if opened => {
+                    self.serving.opens.fetch_sub(1, Ordering::SeqCst);
+                }
                 Some(libc::ENOENT | libc::ENODEV) => {} // The next read sees it, if it is the end.
                 _ => return Err(error),
             },
@@ -205,8 +215,11 @@ impl<C: Content> Worker<C> {
         }
         match request.opcode {
             abi::GETATTR => self.attributes(request),
-            // A VMM that is told the disk's size sets it, which changes nothing.
-            abi::SETATTR if request.resize() == Some(self.content.size_bytes()) => {
+            abi::SETATTR
+                if request
+                    .resize()
+                    .is_some_and(|to| self.content.may_resize(to)) =>
+            {
                 self.attributes(request)
             }
             abi::SETATTR => Reply::Errno(libc::EPERM),
@@ -236,7 +249,10 @@ impl<C: Content> Worker<C> {
         {
             return Reply::Errno(libc::EACCES);
         }
-        if self.serving.opened.swap(true, Ordering::SeqCst) {
+        let max = self.content.opens_max();
+        let one_more = |opens: u32| (opens < max).then_some(opens + 1);
+        let (to, from) = (Ordering::SeqCst, Ordering::SeqCst);
+        if self.serving.opens.fetch_update(to, from, one_more).is_err() {
             return Reply::Errno(libc::EBUSY);
         }
         Reply::Short(Answer::opened())

@@ -165,7 +165,7 @@ struct Refused {
 }
 
 /// What a process says about its disk's integrity.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Report {
     /// The last durable generation.
     pub generation: Generation,

@@ -160,7 +160,7 @@ impl Disk {
     pub fn started(backing: &AtRest, template: Option<&File>, plan: &Plan) -> Self {
         let (disk, answer) = Self::start(backing, template, plan);
         match answer {
-            FromDisk::Ready { size_bytes } => assert_eq!(size_bytes, VOLUME + (SIZE_MB << 20)),
+            FromDisk::Ready { size_bytes, .. } => assert_eq!(size_bytes, VOLUME + (SIZE_MB << 20)),
             other => panic!("{other:?}"),
         }
         disk
@@ -173,6 +173,7 @@ impl Disk {
 
     pub fn send_files(&self, backing: &AtRest, template: Option<&File>, plan: &Plan) {
         let text = serde_json::to_vec(&ToDisk::Open {
+            content: api::disk::Content::Disk,
             size_mb: SIZE_MB.try_into().unwrap(),
             bytes_per_s: plan.bytes_per_s,
             ops_per_s: plan.ops_per_s,
@@ -329,6 +330,7 @@ pub fn grant(hpke_pub: &str, plan: &Plan) -> ToDisk {
         sealed: base64::engine::general_purpose::STANDARD.encode(sealed),
         aad: hex::encode(aad),
         format: plan.format,
+        from: None,
     }
 }
 

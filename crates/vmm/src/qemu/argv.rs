@@ -163,12 +163,14 @@ pub fn argv(spec: &Spec) -> Vec<OsString> {
             .opt("-accel", "kvm")
             .opt("-cpu", "host,-arch-capabilities"),
     };
+    // A state that describes itself in JSON is of no use here, and a VM that was woken dies of an
+    // assertion when it saves one.
     // ACPI: Debian's kernel finds virtio-mmio by it only. The PIT stays on: clocks calibrate
     // against it.
     a.opt(
         "-machine",
         "microvm,x-option-roms=off,acpi=on,isa-serial=off,auto-kernel-cmdline=off,\
-         memory-backend=ram",
+         memory-backend=ram,suppress-vmdesc=on",
     );
     a.opt("-L", &spec.paths.firmware);
     // With ACPI the default firmware is SeaBIOS, which can't boot a kernel without option ROMs.

@@ -1,33 +1,23 @@
 //! The disk of a slot: from a VM that waits for one to a volume that its guest has.
 
-use super::{Slot, Warden, check_range, disk_group, lock, occupied};
-use crate::diskproc::{self, Disk};
-use crate::fault::{At, Result, conflict, invalid};
+use super::{Slot, Warden, check_range, lock, occupied};
+use crate::fault::{Result, conflict, invalid};
 use crate::journal::{Record, Step};
 use crate::layout::{check_digest_id, remove};
-use crate::limits::{MKFS_WAIT, SEALED_MAX_BYTES};
-use crate::vm;
-use api::disk::{Anchored, ToDisk};
+use crate::limits::SEALED_MAX_BYTES;
+use api::disk::{Anchored, Content, ToDisk};
 use api::vmctl::WardenOp;
-use api::warden::{DiskOpened, Start};
+use api::warden::{DiskOpened, Sealed, Start};
 use api::{Error, ErrorCode};
-use jail::ask::Kind;
-use jail::limits::{KILL_WAIT, VMM_UID};
-use jail::process::{self, Handle, Waiting};
-use jail::{channel, mount, plan};
+use jail::process::Handle;
+use jail::{ends, plan};
 use model::limits as bounds;
 use model::{Purpose, StartId, WorkspaceId};
-use rustix::fd::{AsFd, OwnedFd};
+use rustix::fd::AsFd;
 use std::path::PathBuf;
 use vmm::driver::Driver;
+use volumes::serving::{self, Disk, Spawned};
 use volumes::{How, Name};
-
-/// A disk process that waits in its jail.
-pub(super) struct Spawned {
-    waiting: Waiting,
-    control: OwnedFd,
-    mount: OwnedFd,
-}
 
 impl Warden {
     pub(super) fn disk_open(
@@ -37,6 +27,7 @@ impl Warden {
         (purpose, nonce): (Purpose, String),
         volume: (u32, u64, u64),
         pids: u32,
+        from: Option<WorkspaceId>,
     ) -> Result<DiskOpened> {
         check_range("disk_mb", volume.0, &bounds::DISK_MB)?;
         if pids != 0 {
@@ -50,51 +41,61 @@ impl Warden {
             let why = format!("slot {slot} holds no VM that waits for a disk");
             return Err(conflict(why));
         }
-        if !lock(&self.in_use).insert(workspace.clone()) {
+        // A slot that wakes has its workspace already.
+        let own = s.record.workspace.as_ref() == Some(&workspace);
+        if !own && (s.woken.is_some() || !lock(&self.in_use).insert(workspace.clone())) {
             return Err(conflict("the workspace's disk is in use; stop it first"));
         }
         s.record.workspace = Some(workspace.clone());
         s.record.start_id = Some(start_id.clone());
         let bound = self.vm_bound(&s.record, pids).map(drop);
         let bound = bound.and_then(|()| s.vmm.nproc(plan::vm_pids(s.record.cpus, pids)));
-        let waits = bound.and_then(|()| self.disk_open_steps(s, &workspace, volume));
+        let waits = bound.and_then(|()| self.disk_open_steps(s, &workspace, volume, from.as_ref()));
         let waits = waits.and_then(|()| {
-            let hpke_pub = s.record.hpke_pub.clone().ok_or_else(gone)?;
-            let runs = s.record.measurement.clone().ok_or_else(gone)?;
-            self.machine
-                .attest(&workspace, &start_id, purpose, nonce, hpke_pub, runs)
+            let attest = |of: &WorkspaceId, purpose, nonce| {
+                self.attest(&s.record, of, &start_id, purpose, nonce)
+            };
+            let source = from
+                .as_ref()
+                .map(|of| attest(of, Purpose::SnapshotDisk, nonce.clone()));
+            Ok((source.transpose()?, attest(&workspace, purpose, nonce)?))
         });
         if waits.is_err() {
             self.fail(s);
         }
+        let (from, attestation) = waits?;
         Ok(DiskOpened {
-            attestation: waits?,
+            attestation,
             fresh: s.record.fresh,
-            from: None,
+            from,
         })
     }
 
+    /// Attests the slot's disk process.
+    pub(super) fn attest(
+        &self,
+        record: &Record,
+        of: &WorkspaceId,
+        start_id: &StartId,
+        purpose: Purpose,
+        nonce: String,
+    ) -> Result<String> {
+        let hpke_pub = record.hpke_pub.clone().ok_or_else(gone)?;
+        let runs = record.measurement.clone().ok_or_else(gone)?;
+        self.machine
+            .attest(of, start_id, purpose, nonce, hpke_pub, runs)
+    }
+
     /// What of a slot's disk needs no workspace: its group, its mount, its process.
-    pub(super) fn disk_spawn(&self, record: &mut Record) -> Result<Spawned> {
-        let slot = record.slot;
+    pub(super) fn disk_spawn(&self, slot: u16, group: &str) -> Result<(Spawned, String)> {
         let exe = self.program("casemate-disk")?;
-        record.measurement = Some(self.digests.of(&exe, "casemate-disk")?);
-        let group = disk_group(slot);
-        self.cgroups.create(&group, plan::disk_bounds())?;
-        let doors = self.cgroups.doors(&group)?;
-        let mount = mount::of(VMM_UID + u32::from(slot))?;
-        let (control, theirs) = channel::pair().at("make a channel of slot", slot)?;
-        let kept = control.try_clone().at("keep the channel of slot", slot)?;
-        let given = [exe, kept, theirs, mount.server, mount.second];
-        let waiting = self.launcher.spawn(Kind::Disk { slot }, &doors, &given)?;
-        // From here on the process alone holds the connection: its death ends the mount.
-        drop(given);
-        record.disk = Some(waiting.handle.proc);
-        Ok(Spawned {
-            waiting,
-            control,
-            mount: mount.mount,
-        })
+        let measurement = self.digests.of(&exe, "casemate-disk")?;
+        self.cgroups.create(group, plan::disk_bounds())?;
+        let doors = self.cgroups.doors(group)?;
+        Ok((
+            Spawned::new(&self.launcher, slot, exe, &doors)?,
+            measurement,
+        ))
     }
 
     /// Lets the disk process run, and gives the file that it serves to the VMM, which alone may open
@@ -107,15 +108,11 @@ impl Warden {
         spawned: Spawned,
     ) -> Result<Disk> {
         let slot = record.slot;
-        let disk = Disk {
-            handle: spawned.waiting.go()?,
-            control: Some(spawned.control),
-            file: None,
-        };
-        record.hpke_pub = Some(disk.hello()?);
-        let (given, file) = (self.launcher).give_mount(record.driver, slot, vmm, spawned.mount)?;
+        let (disk, hpke_pub, mount) = spawned.go()?;
+        record.hpke_pub = Some(hpke_pub);
+        let (given, file) = (self.launcher).give_mount(record.driver, slot, vmm, mount)?;
         let with: Vec<_> = file.iter().map(AsFd::as_fd).collect();
-        vm::tell(&self.config.layout, slot, given, &with)?;
+        ends::tell(&self.config.layout.vmctl(), slot, given, &with)?;
         Ok(disk)
     }
 
@@ -124,24 +121,41 @@ impl Warden {
         s: &mut Slot,
         workspace: &WorkspaceId,
         (size_mb, bytes_per_s, ops_per_s): (u32, u64, u64),
+        from: Option<&WorkspaceId>,
     ) -> Result {
         self.step(&mut s.record, Step::DiskBegin)?;
-        let files = lock(&self.volumes).open(Name::disk(workspace), How::Write)?;
-        if files.fresh && self.disk_of_old(workspace).exists() {
+        let how = from.map_or(How::Write, |_| How::New);
+        let files = lock(&self.volumes).open(Name::disk(workspace), how)?;
+        if files.fresh && from.is_none() && self.disk_of_old(workspace).exists() {
             let why = "this disk was made by an earlier version and can't be checked; copy what it holds with that version, then delete the workspace";
             return Err(Error::new(ErrorCode::DiskCorrupt, why));
         }
         s.record.fresh = files.fresh;
-        let template = files.fresh.then(|| self.ext4(size_mb)).transpose()?;
         if s.record.driver == Driver::Firecracker {
             // Prepared by now: it holds its tap, and opens its disk anew at the attach.
             self.launcher.settle(s.record.slot, &s.vmm)?;
             lock(&self.net).taken(s.record.slot)?;
         }
+        // What a new one is filled from.
+        let beside = match from {
+            Some(workspace) => {
+                let (workspace, object) = (workspace.clone(), Purpose::SnapshotDisk);
+                let of = Name { workspace, object };
+                let image = lock(&self.volumes).open(of, How::Read)?;
+                vec![image.volume, image.sidecar]
+            }
+            None if files.fresh => {
+                let layout = &self.config.layout;
+                let dirs = [layout.artifacts(), layout.state()].map(|d| d.join("ext4"));
+                vec![serving::ext4(&self.launcher, &dirs, size_mb)?]
+            }
+            None => vec![],
+        };
         let disk = s.disk.as_mut().ok_or_else(gone)?;
         let mut given = vec![files.volume.as_fd(), files.sidecar.as_fd()];
-        given.extend(template.as_ref().map(AsFd::as_fd));
+        given.extend(beside.iter().map(AsFd::as_fd));
         let open = ToDisk::Open {
+            content: Content::Disk,
             size_mb,
             bytes_per_s,
             ops_per_s,
@@ -151,11 +165,10 @@ impl Warden {
         self.step(&mut s.record, Step::DiskWaits)
     }
 
-    pub(super) fn disk_grant(&self, slot: u16, sealed: String, aad: String) -> Result<bool> {
-        if sealed.len() > SEALED_MAX_BYTES {
-            return Err(invalid("sealed must be at most 16 KiB"));
+    pub(super) fn disk_grant(&self, slot: u16, key: Sealed, from: Option<Sealed>) -> Result<bool> {
+        for key in from.iter().chain([&key]) {
+            check_sealed(key)?;
         }
-        check_digest_id("aad", &aad)?;
         let cell = self.cell(slot);
         let mut held = lock(&cell);
         let s = occupied(slot, &mut held)?;
@@ -163,27 +176,37 @@ impl Warden {
             let why = format!("slot {slot} has no disk that waits for its key");
             return Err(conflict(why));
         }
-        let granted = self.disk_grant_steps(s, sealed, aad);
+        let granted = self.disk_grant_steps(s, key, from);
         if granted.is_err() {
             self.fail(s);
         }
         granted.map(|()| true)
     }
 
-    fn disk_grant_steps(&self, s: &mut Slot, sealed: String, aad: String) -> Result {
+    fn disk_grant_steps(&self, s: &mut Slot, key: Sealed, from: Option<Sealed>) -> Result {
         let slot = s.record.slot;
         self.step(&mut s.record, Step::DiskGrant)?;
         let disk = s.disk.as_mut().ok_or_else(gone)?;
-        let size_bytes = disk.grant(sealed, aad, s.record.fresh)?;
+        let (size_bytes, state, note) = disk.grant(key, s.record.fresh, from)?;
+        if let Some(saved) = &s.beside {
+            saved.check(&state, note.as_deref())?;
+        }
         if let (true, Some(workspace), Some(file)) =
             (s.record.fresh, &s.record.workspace, &disk.file)
         {
             lock(&self.volumes).keep(Name::disk(workspace), file)?;
             s.record.fresh = false;
         }
+        // From here on the disk may change: what was saved beside it is used up, by a wake or by a
+        // start without it.
+        self.step(&mut s.record, Step::Spend)?;
+        if let Some(workspace) = s.record.workspace.clone() {
+            let object = Purpose::Memory;
+            lock(&self.volumes).spend(Name { workspace, object })?;
+        }
         self.step(&mut s.record, Step::DiskReady)?;
         let ready = WardenOp::DiskReady { size_bytes };
-        vm::tell(&self.config.layout, slot, ready, &[])?;
+        ends::tell(&self.config.layout.vmctl(), slot, ready, &[])?;
         self.step(&mut s.record, Step::DiskAttached)
     }
 
@@ -200,14 +223,24 @@ impl Warden {
         Ok(s.record.anchor.clone())
     }
 
-    pub(super) fn disk_erase(&self, workspace: &WorkspaceId) -> Result<bool> {
+    /// Erases one object of the workspace, or all.
+    pub(super) fn disk_erase(
+        &self,
+        workspace: &WorkspaceId,
+        object: Option<Purpose>,
+    ) -> Result<bool> {
+        if object.is_some_and(|o| o != Purpose::Disk) {
+            return lock(&self.volumes)
+                .erase(workspace.clone(), object)
+                .map(|()| true);
+        }
         let mut in_use = lock(&self.in_use);
         if !in_use.insert(workspace.clone()) {
             return Err(conflict("the workspace's disk is in use; stop it first"));
         }
         drop(in_use);
         let erased = lock(&self.volumes)
-            .erase(workspace.clone(), None)
+            .erase(workspace.clone(), object)
             .and_then(|()| remove(&self.disk_of_old(workspace)));
         lock(&self.in_use).remove(workspace);
         erased.map(|()| true)
@@ -218,30 +251,15 @@ impl Warden {
         let state = self.config.layout.state();
         state.join(format!("disks/{workspace}.luks"))
     }
-
-    /// The empty file system that a new volume of that size is filled from.
-    fn ext4(&self, mb: u32) -> Result<OwnedFd> {
-        let layout = &self.config.layout;
-        let (shipped, made) = (layout.artifacts().join("ext4"), layout.state().join("ext4"));
-        diskproc::ext4_template(&shipped, &made, mb, |file| self.mkfs(file))
-    }
-
-    /// Makes an empty ext4 in `file`, in a jail.
-    fn mkfs(&self, file: OwnedFd) -> Result {
-        let mkfs = self.launcher.spawn(Kind::Mkfs, &[], &[file])?.go()?;
-        if !process::readable(mkfs.pidfd(), MKFS_WAIT) {
-            let _ = mkfs.kill(KILL_WAIT);
-            return Err(Error::internal("mke2fs took too long"));
-        }
-        match mkfs.reap() {
-            Some(0) => Ok(()),
-            status => Err(Error::internal(format!(
-                "mke2fs failed: {status:?} (install e2fsprogs)"
-            ))),
-        }
-    }
 }
 
-fn gone() -> Error {
+pub(super) fn check_sealed(key: &Sealed) -> Result {
+    if key.sealed.len() > SEALED_MAX_BYTES {
+        return Err(invalid("sealed must be at most 16 KiB"));
+    }
+    check_digest_id("aad", &key.aad)
+}
+
+pub(super) fn gone() -> Error {
     Error::internal("the disk process is gone")
 }

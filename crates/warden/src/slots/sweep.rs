@@ -1,13 +1,13 @@
 //! The start of a warden: what one before it left is taken over or removed.
 
 use super::{Slot, Warden, lock};
-use crate::diskproc::Disk;
 use crate::fault::{At, Result, log};
 use crate::journal::{Record, Step};
 use crate::layout::remove;
 use api::Error;
 use jail::limits::KILL_WAIT;
 use std::collections::BTreeMap;
+use volumes::serving::Disk;
 
 impl Warden {
     /// Adopts slots that rest with all their processes; removes everything else.
@@ -20,14 +20,13 @@ impl Warden {
                 if let Some(workspace) = &record.workspace {
                     lock(&self.in_use).insert(workspace.clone());
                 }
-                self.publish(&record)?;
+                self.publish(&s.record)?;
                 *lock(&self.cell(slot)) = Some(s);
                 continue;
             }
-            for proc in [record.vmm, record.disk, record.vmctl]
-                .into_iter()
-                .flatten()
-            {
+            let saving = record.saving.map(|(proc, _)| proc);
+            let all = [record.vmm, record.disk, record.vmctl, record.woken, saving];
+            for proc in all.into_iter().flatten() {
                 if let Some(handle) = proc.handle() {
                     let _ = handle.kill(KILL_WAIT);
                 }
@@ -75,21 +74,37 @@ impl Warden {
         if !record.step.rests() || record.dead {
             return None;
         }
+        let mut record = record.clone();
+        if record.step == Step::Saving {
+            record.step = Step::DiskAttached;
+        }
+        // What was being saved is begun again: vmctl has let go of a file that nobody serves by then.
+        if let Some((proc, _)) = record.saving.take() {
+            let handle = proc.handle();
+            let _ = handle.is_some_and(|h| h.kill(KILL_WAIT));
+        }
+        let woken = match record.woken {
+            Some(woken) => Some(Disk::adopt(woken.handle()?)),
+            None => None,
+        };
         let (vmm, vmctl) = (record.vmm?.handle()?, record.vmctl?.handle()?);
         let disk = match (record.step, record.disk) {
             (_, Some(disk)) => Some(Disk::adopt(disk.handle()?)),
             (Step::Open, None) => None,
             _ => return None,
         };
-        let watched = [Some(&vmm), Some(&vmctl), disk.as_ref().map(|d| &d.handle)];
-        for handle in watched.into_iter().flatten() {
+        let disks = [&disk, &woken].into_iter().flatten().map(|d| &d.handle);
+        for handle in disks.chain([&vmm, &vmctl]) {
             self.watch.add(record.slot, handle).ok()?;
         }
         Some(Slot {
-            record: record.clone(),
+            record,
             vmm,
             vmctl,
             disk,
+            woken,
+            beside: None,
+            saving: None,
             stderr: None,
         })
     }

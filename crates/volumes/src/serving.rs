@@ -9,20 +9,74 @@
 //! A volume that was being formatted when anything died is not kept: it never held data and is
 //! removed. Must never see a key: grants pass through sealed.
 
-use crate::fault::{At, Result, log};
-use crate::layout::{open_beneath, remove};
-use crate::limits::{ANCHOR_WAIT, ANCHORS_MAX, DISK_CLOSE_WAIT, HELLO_WAIT, READY_WAIT};
+use crate::limits::{
+    ANCHOR_WAIT, ANCHORS_MAX, COPY_WAIT, DISK_CLOSE_WAIT, HELLO_WAIT, MKFS_WAIT, READY_WAIT,
+};
 use api::disk::{Anchored, FromDisk, ToDisk};
+use api::kms::Anchor;
 use api::limits::CHANNEL_MESSAGE_MAX_BYTES;
+use api::warden::Sealed;
 use api::{Error, ErrorCode};
-use jail::channel;
-use jail::limits::{KILL_WAIT, MKFS_UID};
-use jail::process::{Handle, readable};
+use jail::ask::Kind;
+use jail::fault::{At, Result, log};
+use jail::limits::{KILL_WAIT, MKFS_UID, VMM_UID};
+use jail::process::{Handle, Launcher, Proc, Waiting, readable};
+use jail::{channel, mount, open_beneath, small};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{Gid, OFlags, Uid};
 use rustix::process::PidfdGetfdFlags;
-use std::path::Path;
+use std::path::PathBuf;
 use std::time::Duration;
+
+/// Size of the file, bytes; state; note.
+pub type Ready = (u64, Anchor, Option<String>);
+
+/// A disk process that waits in its jail.
+pub struct Spawned {
+    waiting: Waiting,
+    control: OwnedFd,
+    mount: OwnedFd,
+}
+
+impl Spawned {
+    /// Makes a mount that is attached nowhere, and a process of `slot` that is to serve it; it runs
+    /// `exe` and joins the control groups of `doors`.
+    ///
+    /// # Errors
+    /// The step that failed.
+    pub fn new(launcher: &Launcher, slot: u16, exe: OwnedFd, doors: &[OwnedFd]) -> Result<Self> {
+        let mount = mount::of(VMM_UID + u32::from(slot))?;
+        let (control, theirs) = channel::pair().at("make a channel of slot", slot)?;
+        let kept = control.try_clone().at("keep the channel of slot", slot)?;
+        // Dropped here: the process alone holds the connection, so its death ends the mount.
+        let given = [exe, kept, theirs, mount.server, mount.second];
+        Ok(Self {
+            waiting: launcher.spawn(Kind::Disk { slot }, doors, &given)?,
+            control,
+            mount: mount.mount,
+        })
+    }
+
+    /// The process.
+    #[must_use]
+    pub fn proc(&self) -> Proc {
+        self.waiting.handle.proc
+    }
+
+    /// Lets it run: the process, the ephemeral public key that it made, its mount.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn go(self) -> Result<(Disk, String, OwnedFd)> {
+        let disk = Disk {
+            handle: self.waiting.go()?,
+            control: Some(self.control),
+            file: None,
+        };
+        let hpke_pub = disk.hello()?;
+        Ok((disk, hpke_pub, self.mount))
+    }
+}
 
 /// A running disk process.
 pub struct Disk {
@@ -48,32 +102,47 @@ impl Disk {
         }
     }
 
-    /// Its ephemeral public key.
-    ///
-    /// # Errors
-    /// When it says anything else, or nothing.
-    pub fn hello(&self) -> Result<String> {
+    fn hello(&self) -> Result<String> {
         match self.receive(HELLO_WAIT)? {
-            FromDisk::Hello { hpke_pub } => {
-                crate::layout::check_digest_id("hpke_pub", &hpke_pub).map(|()| hpke_pub)
-            }
+            FromDisk::Hello { hpke_pub } => check_hex(&hpke_pub).map(|()| hpke_pub),
             _ => Err(out_of_turn()),
         }
     }
 
-    /// Hands over the sealed grant; the size of the file, once the volume is open.
+    /// Hands over the sealed grant, and that of what the disk is filled from; once the volume is
+    /// open: the file's size, bytes, the volume's state, and the note of what it was filled from or
+    /// of memory.
     ///
     /// # Errors
     /// The disk process's own.
-    pub fn grant(&self, sealed: String, aad: String, format: bool) -> Result<u64> {
+    pub fn grant(&self, key: Sealed, format: bool, from: Option<Sealed>) -> Result<Ready> {
+        let Sealed { sealed, aad } = key;
+        let wait = from.as_ref().map_or(READY_WAIT, |_| COPY_WAIT);
         let grant = ToDisk::Grant {
             sealed,
             aad,
             format,
+            from,
         };
         self.send(&grant, &[])?;
-        match self.receive(READY_WAIT)? {
-            FromDisk::Ready { size_bytes } => Ok(size_bytes),
+        match self.receive(wait)? {
+            FromDisk::Ready {
+                size_bytes,
+                state,
+                note,
+            } => Ok((size_bytes, state, note)),
+            _ => Err(out_of_turn()),
+        }
+    }
+
+    /// Copies the disk to a new image.
+    ///
+    /// # Errors
+    /// The disk process's own.
+    pub fn copy(&self, key: Sealed, note: String, files: &[BorrowedFd<'_>]) -> Result {
+        self.send(&ToDisk::Copy { key, note }, files)?;
+        match self.receive(COPY_WAIT)? {
+            FromDisk::Copied => Ok(()),
             _ => Err(out_of_turn()),
         }
     }
@@ -92,7 +161,7 @@ impl Disk {
             return Err(out_of_turn());
         };
         for hex in [&said.statement.anchor.root, &said.statement.mac] {
-            crate::layout::check_digest_id("anchor", hex)?;
+            check_hex(hex)?;
         }
         Ok(said)
     }
@@ -153,26 +222,31 @@ impl Disk {
     }
 }
 
+fn check_hex(text: &str) -> Result {
+    let digit = |b: u8| matches!(b, b'0'..=b'9' | b'a'..=b'f');
+    if text.len() == 64 && text.bytes().all(digit) {
+        return Ok(());
+    }
+    Err(out_of_turn())
+}
+
 fn out_of_turn() -> Error {
     Error::internal("the disk process spoke out of turn")
 }
 
-/// The empty file system of `mb` MiB that new volumes are filled from, made once per size.
+/// The empty file system of `mb` MiB that new volumes are filled from: shipped in the first
+/// directory, or made in the second, once per size.
 ///
 /// # Errors
 /// mkfs's step that failed.
-pub fn ext4_template(
-    shipped: &Path,
-    made: &Path,
-    mb: u32,
-    format: impl FnOnce(OwnedFd) -> Result,
-) -> Result<OwnedFd> {
+pub fn ext4(launcher: &Launcher, dirs: &[PathBuf; 2], mb: u32) -> Result<OwnedFd> {
     let name = format!("{mb}.img");
-    for dir in [shipped, made] {
+    for dir in dirs {
         if let Ok(file) = open_beneath(dir, &name, OFlags::RDONLY, 0) {
             return Ok(file);
         }
     }
+    let made = &dirs[1];
     // A name of its own per thread: two starts may want the same size at once.
     let temp = format!("{mb}.{}.tmp", rustix::thread::gettid().as_raw_nonzero());
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::TRUNC;
@@ -181,17 +255,35 @@ pub fn ext4_template(
     rustix::fs::fchown(&file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(uid)))
         .at("own", &temp)?;
     rustix::fs::ftruncate(&file, u64::from(mb) << 20).at("size", &temp)?;
-    let done =
-        format(open_beneath(made, &temp, OFlags::PATH, 0).at("open", &temp)?).and_then(|()| {
-            rustix::fs::fchown(&file, Some(Uid::ROOT), Some(Gid::ROOT)).at("own", &temp)?;
-            rustix::fs::fchmod(&file, rustix::fs::Mode::from_raw_mode(0o444))
-                .at("make read-only", &temp)?;
-            rustix::fs::fsync(&file).at("sync", &temp)?;
-            std::fs::rename(made.join(&temp), made.join(&name)).at("keep", &name)
-        });
-    if done.is_err() {
-        remove(&made.join(&temp))?;
+    let format = || {
+        mkfs(
+            launcher,
+            open_beneath(made, &temp, OFlags::PATH, 0).at("open", &temp)?,
+        )?;
+        rustix::fs::fchown(&file, Some(Uid::ROOT), Some(Gid::ROOT)).at("own", &temp)?;
+        rustix::fs::fchmod(&file, rustix::fs::Mode::from_raw_mode(0o444))
+            .at("make read-only", &temp)?;
+        rustix::fs::fsync(&file).at("sync", &temp)?;
+        std::fs::rename(made.join(&temp), made.join(&name)).at("keep", &name)
+    };
+    if let Err(e) = format() {
+        small::remove(&made.join(&temp))?;
+        return Err(e);
     }
-    done?;
     open_beneath(made, &name, OFlags::RDONLY, 0).at("open", &name)
+}
+
+/// Makes an empty ext4 in `file`, in a jail.
+fn mkfs(launcher: &Launcher, file: OwnedFd) -> Result {
+    let mkfs = launcher.spawn(Kind::Mkfs, &[], &[file])?.go()?;
+    if !readable(mkfs.pidfd(), MKFS_WAIT) {
+        let _ = mkfs.kill(KILL_WAIT);
+        return Err(Error::internal("mke2fs took too long"));
+    }
+    match mkfs.reap() {
+        Some(0) => Ok(()),
+        status => Err(Error::internal(format!(
+            "mke2fs failed: {status:?} (install e2fsprogs)"
+        ))),
+    }
 }
