@@ -15,8 +15,8 @@ pub enum Driver {
     Firecracker,
 }
 
-/// The drivers that warden has a jail for. It starts no other.
-pub const STARTED: &[Driver] = &[Driver::Qemu, Driver::Firecracker];
+/// The drivers that warden starts. It has a jail for both; the guest's agent has no vsock yet.
+pub const STARTED: &[Driver] = &[Driver::Qemu];
 
 /// What lies at [`pin::ARTIFACT`] among the artifacts.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -88,7 +88,7 @@ fn choose_of(started: &[Driver], kvm: &Probe, firecracker: &Found) -> Choice {
             pin::SHA256
         )),
         Found::Pinned if !started.contains(&Driver::Firecracker) => qemu(format!(
-            "Firecracker {} is there, but this version's warden has no jail for it",
+            "Firecracker {} is there, but this version's guest has no vsock, which it needs",
             pin::VERSION
         )),
         Found::Pinned => Choice {
@@ -138,7 +138,7 @@ mod tests {
                 true,
                 &Found::Pinned,
                 Driver::Qemu,
-                "has no jail for it",
+                "guest has no vsock",
             ),
         ] {
             let choice = choose_of(started, &kvm(usable), found);
