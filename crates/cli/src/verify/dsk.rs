@@ -200,6 +200,93 @@ pub(super) async fn dsk_7(w: &mut World<'_>) -> anyhow::Result<Finding> {
     )
 }
 
+pub(super) async fn dsk_8(w: &mut World<'_>) -> anyhow::Result<Finding> {
+    // A policy that starts nothing anew: memory that does not wake must be seen not to.
+    let body = json!({ "config": { "restart_policy": "no" } });
+    let id = w.make(body.clone()).await?;
+    let other = w.make(body).await?;
+    let on_disk = write_canary(w, &id).await?;
+    let in_memory = canary();
+    let hold = format!("echo {in_memory} > /dev/shm/canary");
+    w.inside(&id, &["sh", "-c", &hold]).await?;
+    w.power(&id, "snapshot").await?;
+    w.power(&id, "sleep").await?;
+    w.power(&other, "sleep").await?;
+    let memory = |id: &str| w.probe.paths.state("volumes").join(format!("{id}.memory"));
+    ensure!(
+        memory(&id).exists(),
+        "{} is not there: where is its memory?",
+        memory(&id).display()
+    );
+    for mark in [&on_disk, &in_memory] {
+        let hits = search(w, mark)?;
+        ensure!(hits.is_empty(), "the canary stands in {hits:?}");
+    }
+    // Memory of another workspace, of an older sleep, and with a bit changed in each 16 KiB.
+    let kept = Kept::of(&memory(&id))?;
+    let mut refused = Vec::new();
+    Kept::of(&memory(&other))?.put(&memory(&id))?;
+    refused.push(("another workspace's", wake_refused(w, &id).await?));
+    kept.flipped().put(&memory(&id))?;
+    refused.push(("one with bits flipped", wake_refused(w, &id).await?));
+    kept.put(&memory(&id))?;
+    w.power(&id, "start").await?;
+    w.public(&id, true).await?;
+    let back = w.inside(&id, &["cat", "/dev/shm/canary"]).await?;
+    ensure!(back.trim() == in_memory, "woken, its memory holds {back:?}");
+    w.power(&id, "sleep").await?;
+    kept.put(&memory(&id))?;
+    refused.push(("one of an earlier sleep", wake_refused(w, &id).await?));
+    w.delete(&id).await?;
+    w.delete(&other).await?;
+    let refused: Vec<_> = refused
+        .iter()
+        .map(|(what, code)| format!("{what}: {code}"))
+        .collect();
+    let seen = format!(
+        "canaries in the memory and on the disk of a workspace that was kept as a snapshot and then slept: 0 occurrences in all of the platform's files; it woke with its memory; offered as its memory, {}",
+        refused.join(", ")
+    );
+    Ok(under_file_unseal(w, seen))
+}
+
+/// The two files of memory at rest.
+struct Kept([(&'static str, Vec<u8>); 2]);
+
+impl Kept {
+    fn of(dir: &Path) -> anyhow::Result<Self> {
+        let read = |name| fs::read(dir.join(name)).with_context(|| format!("read {name}"));
+        Ok(Self([("volume", read("volume")?), ("tags", read("tags")?)]))
+    }
+
+    /// Writes them in the place of those that are there.
+    fn put(&self, dir: &Path) -> anyhow::Result<()> {
+        for (name, bytes) in &self.0 {
+            fs::write(dir.join(name), bytes).with_context(|| format!("write {name}"))?;
+        }
+        Ok(())
+    }
+
+    /// The same with a bit changed in each 16 KiB of ciphertext.
+    fn flipped(&self) -> Self {
+        let [(volume, bytes), tags] = &self.0;
+        let mut bytes = bytes.clone();
+        for byte in bytes.iter_mut().skip(16 << 20).step_by(16 << 10) {
+            *byte ^= u8::from(*byte != 0);
+        }
+        Self([(volume, bytes), tags.clone()])
+    }
+}
+
+/// Why a workspace that sleeps does not wake.
+async fn wake_refused(w: &World<'_>, id: &str) -> anyhow::Result<String> {
+    let woken = w.power(id, "start").await;
+    let Err(why) = woken else {
+        anyhow::bail!("it woke with memory that is not its own");
+    };
+    Ok(why.to_string())
+}
+
 /// Writes and syncs a canary inside; the workspace is open afterwards.
 pub(super) async fn write_canary(w: &World<'_>, id: &str) -> anyhow::Result<String> {
     w.public(id, true).await?;

@@ -181,6 +181,11 @@ pub const CHECKS: &[Check] = &[
         dsk::dsk_7
     ),
     check!(
+        "DSK-8",
+        "Snapshots and suspended memory are encrypted with the workspace's key too",
+        dsk::dsk_8
+    ),
+    check!(
         "KMS-1",
         "A unique key per workspace, made at creation",
         keys::kms_1

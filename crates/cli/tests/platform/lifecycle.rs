@@ -146,3 +146,80 @@ fn workspaces_pause_end_restart_and_grow() {
     });
     until("no disk file", || p.disk_files().is_empty().then_some(()));
 }
+
+/// What must be a workspace's own, as it sees it.
+const IDENTITY: &str = "cat /etc/machine-id /proc/sys/kernel/random/boot_id; hostname; head -c 32 /dev/urandom | od -An -tx1";
+
+#[test]
+fn workspaces_sleep_wake_go_back_and_fork() {
+    let p = Platform::start("[host]\npool_size = 1\n", None);
+    let account = p.account("sleep");
+    let u = User { p: &p, account };
+    let id = u.create();
+    u.exec(
+        &id,
+        "(i=0; while :; do i=$((i+1)); echo $i > /dev/shm/n; sleep 0.05; done) > /dev/null 2>&1 & echo kept > /root/kept; sync",
+    );
+    let count = |id: &str| u.exec(id, "cat /dev/shm/n").parse::<u64>().unwrap_or(0);
+    until("the counter", || (count(&id) > 5).then_some(()));
+    let asleep = |id: &str| u.ok(&["ws", "show", id])["info"]["asleep"] == true;
+
+    // Asleep it has no VM, also after a kill of what remembers; woken it goes on where it was.
+    let before = count(&id);
+    u.ok(&["ws", "sleep", &id]);
+    assert!(asleep(&id) && u.slot(&id).is_none());
+    for name in ["host", "control", "warden"] {
+        let pid = p.daemon_pid(name).unwrap();
+        let _ = std::process::Command::new("kill")
+            .args(["-9", &pid.to_string()])
+            .status();
+        until(name, || {
+            let new = p.daemon_pid(name).filter(|n| *n != pid);
+            new.filter(|_| p.casemate(&["status"]).status.success())
+        });
+    }
+    until("it sleeps on", || asleep(&id).then_some(()));
+    u.ok(&["ws", "wake", &id]);
+    assert!(count(&id) >= before, "its memory was kept");
+    let now = count(&id);
+    until("the counter to go on", || (count(&id) > now).then_some(()));
+    assert_eq!(u.exec(&id, "cat /root/kept"), "kept");
+
+    // With an idle policy a request at the gateway wakes it; a stranger's does not.
+    u.ok(&["ws", "lifecycle", &id, "--suspend-after", "10m"]);
+    u.ok(&["ws", "sleep", &id]);
+    let stranger = p.account("stranger");
+    let refused = p.as_user(&stranger, &["ws", "exec", &id, "--", "true"]);
+    assert!(!refused.status.success() && asleep(&id));
+    assert!(count(&id) >= now, "woken by the request");
+
+    // Back to a snapshot: disk and memory of then.
+    u.ok(&["ws", "snapshot", &id]);
+    let then = count(&id);
+    u.exec(&id, "echo changed > /root/kept; sync");
+    u.ok(&["ws", "restore", &id]);
+    assert_eq!(u.exec(&id, "cat /root/kept"), "kept");
+    until("the counter to go on from then", || {
+        (count(&id) + 50 > then).then_some(())
+    });
+
+    // A fork has the disk, and an identity of its own.
+    let fork = u.ok(&["ws", "fork", &id, "--name", "twin"]);
+    let fork = fork["id"].as_str().unwrap().to_owned();
+    u.ok(&["ws", "access", &fork, "on"]);
+    assert_eq!(u.exec(&fork, "cat /root/kept"), "kept");
+    let (ours, its) = (u.exec(&id, IDENTITY), u.exec(&fork, IDENTITY));
+    for (a, b) in ours.lines().zip(its.lines()) {
+        assert_ne!(a, b, "a fork shares an identity");
+    }
+    u.ok(&["ws", "rm", &id]);
+    assert_eq!(
+        u.exec(&fork, "cat /root/kept"),
+        "kept",
+        "it outlives the other"
+    );
+    u.ok(&["ws", "rm", &fork]);
+    until("no file at rest", || {
+        p.disk_files().is_empty().then_some(())
+    });
+}

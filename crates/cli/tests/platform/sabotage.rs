@@ -37,6 +37,7 @@ const SEEN: &[(&str, &str)] = &[
     ("DSK-5", "against a limit of 16 MiB/s"),
     ("DSK-6", "No such file"),
     ("DSK-7", "is still there"),
+    ("DSK-8", "the canary stands in"),
     ("KMS-1", "two workspaces have the same identity key"),
     ("KMS-2", "there is an unseal.key"),
     ("KMS-4", "the epoch did not change"),

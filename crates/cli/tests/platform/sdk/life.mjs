@@ -56,7 +56,19 @@ await assert.rejects(() => rt.exec.run(['true']), (e) => e.status === 409 && e.c
 await client.workspaces.resume(id);
 assert.equal((await rt.exec.run(['true'], { execMode: 'direct' })).exit_code, 0);
 
+// A snapshot keeps the disk and the memory of its moment; restored, both are back.
+await rt.exec.run(['sh', '-c', 'echo then > /dev/shm/m; echo then > /root/sdk/d; sync'], { execMode: 'direct' });
+await client.workspaces.snapshots.create(id, { after: 'resume' });
+await rt.exec.run(['sh', '-c', 'echo now > /dev/shm/m; echo now > /root/sdk/d; sync'], { execMode: 'direct' });
+await client.workspaces.snapshots.restore(id);
+await client.workspaces.waitUntilReady(id);
+const back = await rt.exec.run(['cat', '/dev/shm/m', '/root/sdk/d'], { execMode: 'direct' });
+assert.equal(back.stdout, 'then\nthen\n');
+await rt.files.delete({ path: '/root/sdk/d' });
+await assert.rejects(() => client.workspaces.snapshots.listArchives(id), (e) => e.status === 501);
+
 const lifecycle = await client.workspaces.lifecycle.get(id);
+assert.equal(lifecycle.snapshot_supported, true);
 assert.equal(lifecycle.mode, 'permanent');
 assert.equal(lifecycle.restart_policy, 'always');
 await client.workspaces.resources.update(id, { cpus: 2, apply: false });
