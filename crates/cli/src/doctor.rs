@@ -354,7 +354,7 @@ fn unseal(config: &Config) -> Finding {
         api::kms::Unseal::File => finding(
             "KMS unseal",
             Level::Weakened,
-            "a file beside the ciphertext: KMS-2 and DSK-3 are not_yet",
+            "a file beside the ciphertext: KMS-2, DSK-3 and DSK-8 are not_yet",
             "set kms.unseal = \"passphrase\" in casemate.toml before the first `casemate up`",
         ),
     }
