@@ -167,18 +167,29 @@ fn initramfs(cache: &Cache, kernel: &kernel::Kernel, agent: &Path) -> Result<Pat
     // The runtime of a Rust program wants /dev/null before it can mount anything.
     archive.device("dev/null", 0o666, 1, 3);
     archive.device("dev/console", 0o600, 5, 1);
-    let mut order = String::new();
-    for module in &kernel.modules {
-        let name = module
-            .file_name()
-            .and_then(|n| n.to_str())
-            .context("a module's file name is not UTF-8")?;
-        let bytes = std::fs::read(module).with_context(|| format!("read {}", module.display()))?;
-        archive.file(&format!("lib/modules/casemate/{name}"), 0o644, &bytes)?;
-        order.push_str(name);
-        order.push('\n');
+    let lists = [
+        ("order", &kernel.modules),
+        ("order.vsock", &kernel.vsock_modules),
+    ];
+    for (list, modules) in lists {
+        let mut order = String::new();
+        for module in modules {
+            let name = module
+                .file_name()
+                .and_then(|n| n.to_str())
+                .context("a module's file name is not UTF-8")?;
+            let bytes =
+                std::fs::read(module).with_context(|| format!("read {}", module.display()))?;
+            archive.file(&format!("lib/modules/casemate/{name}"), 0o644, &bytes)?;
+            order.push_str(name);
+            order.push('\n');
+        }
+        archive.file(
+            &format!("lib/modules/casemate/{list}"),
+            0o644,
+            order.as_bytes(),
+        )?;
     }
-    archive.file("lib/modules/casemate/order", 0o644, order.as_bytes())?;
     archive.file("init", 0o755, &agent)?;
     let path = cache.dir("initramfs")?.join("initramfs.cpio");
     let bytes = archive.finish();
@@ -187,7 +198,7 @@ fn initramfs(cache: &Cache, kernel: &kernel::Kernel, agent: &Path) -> Result<Pat
         "initramfs",
         &format!(
             "{} modules, {} KiB",
-            kernel.modules.len(),
+            kernel.modules.len() + kernel.vsock_modules.len(),
             bytes.len() >> 10
         ),
         !made,

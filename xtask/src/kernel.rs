@@ -82,6 +82,7 @@ pub(crate) fn build(cache: &Cache) -> Result<Kernel> {
         release: release.trim().to_owned(),
         vmlinux,
         modules: Vec::new(),
+        vsock_modules: Vec::new(),
     })
 }
 

@@ -1,4 +1,4 @@
-//! From the kernel's hand-over to "booted": file systems, modules, the agent's port, the base
+//! From the kernel's hand-over to "booted": file systems, modules, the agent's channel, the base
 //! image. Everything here runs before the template is saved, so it must never read a clock into
 //! state, draw a random byte, or open the workspace's disk.
 
@@ -58,7 +58,11 @@ pub fn prepare() -> Result<(), BootError> {
             })
             .map_err(step(format!("mounting {at}")))?;
     }
-    modules_load()?;
+    modules_load("order")?;
+    // Only a machine that has one pays for it.
+    if channel::vsock(Path::new(channel::VIRTIO_DEVICES)) {
+        modules_load("order.vsock")?;
+    }
     // Best effort: a kernel without IPv6 has no such file, and needs none.
     for which in ["all", "default"] {
         let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{which}/disable_ipv6"), "1");
@@ -73,12 +77,12 @@ pub fn prepare() -> Result<(), BootError> {
     net::link_up().map_err(step("bringing eth0 up"))
 }
 
-/// Opens the port; from here on failures can be told.
+/// Opens the channel; from here on failures can be told.
 ///
 /// # Errors
 /// If there is none.
-pub fn port_open() -> Result<(Sender, Receiver), BootError> {
-    channel::open().map_err(step("opening the agent's port"))
+pub fn channel_open() -> Result<(Sender, Receiver), BootError> {
+    channel::open().map_err(step("opening the agent's channel"))
 }
 
 /// Mounts the base image.
@@ -113,9 +117,9 @@ pub(crate) fn mount(
     Ok(())
 }
 
-/// Loads the kernel modules in the order the image names them.
-fn modules_load() -> Result<(), BootError> {
-    let order = match fs::read_to_string(Path::new(MODULES).join("order")) {
+/// Loads kernel modules in the order that the image's file `list` names them.
+fn modules_load(list: &str) -> Result<(), BootError> {
+    let order = match fs::read_to_string(Path::new(MODULES).join(list)) {
         Ok(order) => order,
         // A kernel with everything built in.
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),

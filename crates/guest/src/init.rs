@@ -44,10 +44,10 @@ pub fn run() -> ! {
         // The place only: a message could quote what it stumbled over.
         eprintln!("casemate-guest: panicked at {:?}", info.location());
     }));
-    // A failure before the port is open can be told to the console only.
-    let ported = catch_unwind(|| boot::prepare().and_then(|()| boot::port_open()));
-    let (sender, receiver) = match ported {
-        Ok(Ok(port)) => port,
+    // A failure before the channel is open can be told to the console only.
+    let opened = catch_unwind(|| boot::prepare().and_then(|()| boot::channel_open()));
+    let (sender, receiver) = match opened {
+        Ok(Ok(channel)) => channel,
         Ok(Err(error)) => stay(&format!("casemate-guest: {error}")),
         Err(_) => stay("casemate-guest: panicked while booting"),
     };
@@ -226,7 +226,7 @@ fn run_once(launcher: &Launcher, cmd: &[String]) {
     }
 }
 
-/// The channel's messages, read by a thread: the port does not poll well when nobody is there.
+/// The channel's messages, read by a thread: a port does not poll well when nobody is there.
 fn messages(mut receiver: Receiver) -> mpsc::Receiver<Received> {
     let (sender, messages) = mpsc::channel(16);
     std::thread::spawn(move || {

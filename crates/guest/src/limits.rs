@@ -65,6 +65,8 @@ pub const DELETE_DEPTH_MAX: usize = 512;
 
 /// How long a device or port may take to appear at boot.
 pub const DEVICE_WAIT: Duration = Duration::from_secs(10);
+/// Longest pause between two attempts to connect to vmctl again.
+pub const RECONNECT_PAUSE_MAX: Duration = Duration::from_secs(1);
 /// How long a resized disk may take to show its size.
 pub const DISK_SIZE_WAIT: Duration = Duration::from_secs(2);
 /// Processes have this long between SIGTERM and SIGKILL.

@@ -9,6 +9,7 @@ use rustix::process::{Signal, WaitId, WaitIdOptions};
 use rustix::system::RebootCommand;
 
 use crate::attach::DISK;
+use crate::channel::{self, VIRTIO_DEVICES};
 use crate::limits::{SHUTDOWN_GRACE, UNMOUNT_WAIT};
 
 const POLL: Duration = Duration::from_millis(5);
@@ -62,9 +63,10 @@ pub fn disk_release() {
 
 /// Turns the machine off; does not return.
 pub fn off() -> ! {
-    // Without ACPI "off" only halts; a reset ends a VMM that runs with -no-reboot.
+    // Without ACPI "off" only halts, and so it does with Firecracker's, which has no power-off (and
+    // a vsock, by which it is known); a reset ends either VMM.
     let acpi = Path::new("/sys/firmware/acpi").exists();
-    let first = if acpi {
+    let first = if acpi && !channel::vsock(Path::new(VIRTIO_DEVICES)) {
         RebootCommand::PowerOff
     } else {
         RebootCommand::Restart

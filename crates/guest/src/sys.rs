@@ -5,6 +5,8 @@ use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::AsRawFd;
 
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
+
 const BLKPG: libc::c_ulong = 0x1269;
 const BLKPG_ADD_PARTITION: libc::c_int = 1;
 const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
@@ -139,6 +141,22 @@ pub(crate) fn loop_configure(device: &File, file: &File) -> io::Result<()> {
     // SAFETY: the structure has the size and fields of linux/loop.h's `struct loop_config` (the
     // assertion beside it), and is only read.
     check(unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE as _, &raw mut config) })
+}
+
+/// A stream to `port` of the machine that this one runs on. Whoever is silent there has two
+/// seconds, the kernel's own bound.
+pub(crate) fn vsock_connect(port: u32) -> io::Result<File> {
+    let (family, kind) = (AddressFamily::VSOCK, SocketType::STREAM);
+    let socket = socket_with(family, kind, SocketFlags::CLOEXEC, None)?;
+    // SAFETY: all-zero is a valid sockaddr_vm: integers.
+    let mut to: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
+    to.svm_family = libc::AF_VSOCK as libc::sa_family_t;
+    to.svm_cid = libc::VMADDR_CID_HOST;
+    to.svm_port = port;
+    let size = std::mem::size_of::<libc::sockaddr_vm>() as libc::socklen_t;
+    // SAFETY: the address is a sockaddr_vm of that size, outlives the call, and is only read.
+    check(unsafe { libc::connect(socket.as_raw_fd(), (&raw const to).cast(), size) })?;
+    Ok(socket.into())
 }
 
 /// A socket for interface ioctls.

@@ -1,5 +1,6 @@
 //! Real VMs under the real vmctl: a template built, restored, attached late, shut down; a cold
-//! boot that gives the same answer; a guest that speaks garbage.
+//! boot that gives the same answer; one whose guest has a vsock, as under Firecracker; a guest that
+//! speaks garbage.
 //!
 //! Needs artifacts: `cargo xtask image --out target/artifacts`, or a directory in
 //! `CASEMATE_ARTIFACTS`.
@@ -14,6 +15,7 @@ use api::{Error, ErrorCode};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use seal::sign::{Signed, SigningKey};
 use serde_json::json;
+use std::ffi::OsString;
 use std::io::{BufRead, BufReader, IoSlice, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -23,11 +25,15 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
+use vmm::agent::Channel;
 use vmm::qemu::argv::saved_mib;
-use vmm::qemu::{Accel, How, Net, Paths, Spec, argv};
+use vmm::qemu::{Accel, How, Net, Paths, Qemu, Spec, argv};
+use vmm::server::Server;
 
 const WAIT: Duration = Duration::from_secs(150);
 const WS: &str = "ws_0123456789abcdef";
+/// The other half of QEMU's vsock device, whose unix sockets are those of Firecracker.
+const VSOCK_BACKEND: &str = "vhost-device-vsock";
 const DISK_BYTES: u64 = (64 << 20) + VOLUME_OFFSET_BYTES;
 
 fn artifacts() -> PathBuf {
@@ -170,6 +176,89 @@ impl Vm {
         }
     }
 
+    /// A cold VM whose guest has a vsock in the port's place, as under Firecracker, and vmctl's server
+    /// in this process: the program takes a channel that listens from Firecracker's helper only.
+    fn open_on_vsock(how: How) -> Self {
+        let start = Instant::now();
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        let agent = UnixListener::bind(at("vsock_1024")).unwrap();
+        let device = at("device");
+        let mut backend = Command::new(VSOCK_BACKEND)
+            .arg("--guest-cid=3")
+            .arg(format!("--socket={}", device.display()))
+            .arg(format!("--uds-path={}", at("vsock").display()))
+            .spawn()
+            .unwrap();
+        while !device.exists() {
+            assert!(
+                backend.try_wait().unwrap().is_none(),
+                "{VSOCK_BACKEND} ended"
+            );
+            std::thread::yield_now();
+        }
+        let spec = Spec {
+            how,
+            memory_mib: 256,
+            cpus: 1,
+            accel: Accel::Tcg,
+            net: Net::Nowhere,
+            paths: paths(&at("memory")),
+        };
+        let mut args = argv(&spec);
+        let find = |args: &[OsString], head: &str| {
+            let found = args
+                .iter()
+                .position(|a| a.to_str().unwrap().starts_with(head));
+            found.unwrap_or_else(|| panic!("no {head}"))
+        };
+        let port = find(&args, "virtserialport");
+        args.drain(port - 1..=port);
+        // The device's other half sees the guest's memory.
+        for (head, instead) in [
+            (
+                "memory-backend-ram",
+                "memory-backend-memfd,id=ram,size=256M,share=on".to_owned(),
+            ),
+            (
+                "socket,id=agent",
+                format!("socket,id=agent,path={}", device.display()),
+            ),
+            (
+                "virtio-serial-device",
+                "vhost-user-vsock-device,chardev=agent".to_owned(),
+            ),
+        ] {
+            let found = find(&args, head);
+            args[found] = instead.into();
+        }
+        args.extend(["-global", "virtio-mmio.force-legacy=off"].map(Into::into));
+        let (qmp, qmp_far) = UnixStream::pair().unwrap();
+        let qmp_far = high(qmp_far);
+        let qemu = spawn(
+            Path::new("/usr/bin/qemu-system-x86_64"),
+            &args,
+            &[Some(qmp_far.as_fd())],
+        );
+        drop(qmp_far);
+        let vm = vmm::vmctl::Vm::new(
+            1,
+            how,
+            Qemu::new(qmp).unwrap(),
+            Channel::listen(agent).unwrap(),
+        );
+        let listen = |name: &str| UnixListener::bind(at(name)).unwrap();
+        let mut server = Server::new(1, vm, listen("host"), listen("warden"), 0).unwrap();
+        // It ends with the test's process.
+        std::thread::spawn(move || server.run());
+        Self {
+            children: vec![qemu, backend],
+            dir,
+            guest: None,
+            start,
+        }
+    }
+
     /// CPU time of the VMM so far: what a busy machine does not stretch.
     fn cpu_ms(&self) -> u64 {
         let stat = format!("/proc/{}/stat", self.children[0].id());
@@ -189,7 +278,11 @@ impl Vm {
     }
 
     fn prepared(how: How, template: &Path) -> Self {
-        let vm = Self::open(how, template, false);
+        Self::open(how, template, false).prepare(how)
+    }
+
+    fn prepare(self, how: How) -> Self {
+        let vm = self;
         let status: Status = vm.ask(&Op::Prepare).unwrap();
         assert_eq!(status.vm, VmState::Pooled);
         let took = vm.start.elapsed();
@@ -426,6 +519,38 @@ fn memory_that_was_saved_is_woken_beside_the_disk_as_it_was() {
         .output()
         .unwrap();
     assert!(checked.status.success(), "{checked:?}");
+}
+
+/// All but the VMM is as under Firecracker: the agent connects, over a real vsock, to a socket that
+/// vmctl's channel listens at, and is the same workspace.
+#[test]
+fn a_guest_with_a_vsock_is_the_same_workspace() {
+    if Command::new(VSOCK_BACKEND)
+        .arg("--version")
+        .output()
+        .is_err()
+    {
+        eprintln!("SKIPPED: no {VSOCK_BACKEND}; run `cargo install --locked {VSOCK_BACKEND}`");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let disk = disk(dir.path());
+    let mut answers = Vec::new();
+    for vm in [
+        Vm::open_on_vsock(How::Cold),
+        Vm::open(How::Cold, dir.path(), false),
+    ] {
+        let vm = vm.prepare(How::Cold);
+        let up = vm.attach(&disk);
+        let paused: Status = vm.ask(&Op::Pause).unwrap();
+        assert_eq!(paused.vm, VmState::Paused);
+        let running: Status = vm.ask(&Op::Resume).unwrap();
+        assert_eq!(running.vm, VmState::Running);
+        let end: Status = vm.ask(&Op::Shutdown { grace_ms: 30_000 }).unwrap();
+        assert_eq!(end.reason.as_deref(), Some("shutdown"));
+        answers.push((up, end));
+    }
+    assert_eq!(answers[0], answers[1]);
 }
 
 #[test]

@@ -24,6 +24,13 @@ const MODULES: &[&str] = &[
     "fs/erofs/erofs",
 ];
 
+/// Those that it loads where the machine has a vsock: under Firecracker.
+const VSOCK_MODULES: &[&str] = &[
+    "net/vmw_vsock/vsock",
+    "net/vmw_vsock/vmw_vsock_virtio_transport_common",
+    "net/vmw_vsock/vmw_vsock_virtio_transport",
+];
+
 /// Modules that some kernels need and others do not know.
 const OPTIONAL: &[&str] = &["lib/libcrc32c", "fs/netfs/netfs"];
 
@@ -35,6 +42,8 @@ pub(crate) struct Kernel {
     pub(crate) vmlinux: PathBuf,
     /// In the order of loading.
     pub(crate) modules: Vec<PathBuf>,
+    /// Those for a vsock, the same.
+    pub(crate) vsock_modules: Vec<PathBuf>,
 }
 
 pub(crate) fn fetch(cache: &Cache) -> Result<Kernel> {
@@ -61,13 +70,14 @@ pub(crate) fn fetch(cache: &Cache) -> Result<Kernel> {
         std::fs::write(&vmlinux, elf).with_context(|| format!("write {}", vmlinux.display()))?;
         cache.made("kernel", &package)?;
     }
-    let modules = modules(&tree.join("lib/modules").join(&release).join("kernel"))?;
+    let base = tree.join("lib/modules").join(&release).join("kernel");
     cache.say("kernel", &package, !fresh);
     Ok(Kernel {
         package,
         release,
         vmlinux,
-        modules,
+        modules: modules(&base, MODULES)?,
+        vsock_modules: modules(&base, VSOCK_MODULES)?,
     })
 }
 
@@ -123,12 +133,12 @@ fn unpack(dir: &Path, tree: &Path, package: &str) -> Result<()> {
 }
 
 /// The modules' files, unpacked where Debian packs them.
-fn modules(base: &Path) -> Result<Vec<PathBuf>> {
+fn modules(base: &Path, names: &[&str]) -> Result<Vec<PathBuf>> {
     let builtin = base.with_file_name("modules.builtin");
     let builtin =
         std::fs::read_to_string(&builtin).with_context(|| format!("read {}", builtin.display()))?;
     let mut found = Vec::new();
-    for name in MODULES {
+    for name in names {
         let plain = base.join(format!("{name}.ko"));
         let packed = base.join(format!("{name}.ko.xz"));
         if !plain.exists() && packed.exists() {
