@@ -2,7 +2,8 @@
 //! vmctl and disk: a template is built, sealed and restored, workspaces get their disk, network,
 //! pauses and ends. The guest is played by the test, at the other end of the vsock's socket. In
 //! Firecracker's place is a double, and the real one too where `CASEMATE_FIRECRACKER` names it (of
-//! the pinned version, static; root, `/dev/kvm`, artifacts).
+//! the pinned version, static; root, `/dev/kvm`, artifacts). Where KVM truly runs a guest, that one
+//! gets a real guest instead: the lives that `vm` leads under QEMU.
 #![allow(clippy::unwrap_used, unsafe_code, missing_docs)]
 
 mod world;
@@ -43,12 +44,15 @@ fn double() -> PathBuf {
     built
 }
 
-/// The real one, or why there is none.
-fn real() -> Result<(PathBuf, PathBuf), String> {
+/// The real one and the artifacts, and whether its guest is a real one too; or why there is none.
+fn real() -> Result<(PathBuf, PathBuf, bool), String> {
     let path = std::env::var_os("CASEMATE_FIRECRACKER").ok_or("CASEMATE_FIRECRACKER is not set")?;
     let artifacts = life::artifacts().ok_or("there are no artifacts")?;
     std::fs::File::open("/dev/kvm").map_err(|e| format!("/dev/kvm: {e}"))?;
-    Ok((path.into(), artifacts))
+    let scratch = tempfile::tempdir().unwrap();
+    let kvm = vmm::kvm::probe(Path::new("/usr/bin/qemu-system-x86_64"), scratch.path());
+    eprintln!("{}", kvm.why);
+    Ok((path.into(), artifacts, kvm.usable))
 }
 
 /// An installation with this Firecracker, and a warden that has chosen it.
@@ -59,7 +63,7 @@ struct Installation {
 
 impl Installation {
     fn new(firecracker: &Path, artifacts: Option<&Path>) -> Self {
-        let world = World::with_programs();
+        let mut world = World::with_programs();
         let dir = world.layout.artifacts().join("firecracker");
         std::fs::create_dir(&dir).unwrap();
         std::fs::copy(firecracker, dir.join("firecracker")).unwrap();
@@ -67,6 +71,9 @@ impl Installation {
             if let Some(artifacts) = artifacts {
                 std::fs::copy(artifacts.join(name), world.layout.artifacts().join(name)).unwrap();
             }
+        }
+        if let Some(artifacts) = artifacts {
+            world.image_copy(artifacts);
         }
         let program = std::fs::read(firecracker).unwrap();
         let pinned = Some(hex::encode(seal::hash::sha256(&program)));
@@ -220,7 +227,11 @@ fn a_workspace_from_template_to_teardown() {
     in_netns(|| {
         lives(&double(), None);
         match real() {
-            Ok((program, artifacts)) => lives(&program, Some(&artifacts)),
+            Ok((program, artifacts, false)) => lives(&program, Some(&artifacts)),
+            Ok((program, artifacts, true)) => {
+                let i = Installation::new(&program, Some(&artifacts));
+                life::lives(&i.world, Driver::Firecracker, || i.warden());
+            }
             Err(why) => eprintln!("skipped the real Firecracker: {why}"),
         }
     });

@@ -21,12 +21,13 @@ use seal::sign::{Signed, SigningKey};
 use serde::de::DeserializeOwned;
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use warden::journal::Step;
 use warden::{Machine, Warden};
+use world::life::artifacts;
 use world::*;
 
 const MEMORY_MB: u32 = 256;
@@ -298,17 +299,6 @@ fn token_state(workspace: &WorkspaceId) -> String {
 
 fn unix_ns() -> u64 {
     std::time::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64
-}
-
-fn artifacts() -> Option<PathBuf> {
-    let built = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("artifacts");
-    let there = [built, "/var/lib/casemate/artifacts".into()]
-        .into_iter()
-        .find(|p| p.join("kernel").exists());
-    if there.is_none() {
-        eprintln!("SKIPPED: no artifacts; run `cargo xtask image`");
-    }
-    there
 }
 
 #[test]

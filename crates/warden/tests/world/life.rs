@@ -1,17 +1,22 @@
 //! What KMS, mint and host do for a workspace's VM, with keys of the test.
 
-use super::{START, WORKSPACE, World, disk_open};
+use super::{EDGE_UID, START, WORKSPACE, World, as_uid, disk_open, edge, status, until};
 use api::agent::{Attach, GuestConfig};
 use api::mint::TokenState;
 use api::vmctl;
-use api::warden::{DiskOpened, Op, VmOpened};
+use api::warden::{DiskOpened, Op, SlotState, Start, VmOpened};
 use seal::hpke::PublicKey;
 use seal::sign::{Signed, SigningKey};
 use serde::de::DeserializeOwned;
+use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+use vmm::driver::Driver;
 use warden::{Machine, Warden};
+
+/// Memory of a real guest.
+const MEMORY_MB: u32 = 256;
 
 /// Opens the slot's disk and grants it its key: what the guest is to be told then.
 pub fn start(world: &World, w: &Arc<Warden>, slot: u16, net: &VmOpened, run: u64) -> Attach {
@@ -86,12 +91,20 @@ pub fn ask<T: DeserializeOwned>(world: &World, slot: u16, op: &vmctl::Op) -> T {
         .unwrap_or_else(|e| panic!("{op:?}: {e:?}"))
 }
 
-/// What `cargo xtask image` made.
+/// What `cargo xtask image` made: in the directory that `CASEMATE_ARTIFACTS` names, else among what
+/// was built here, else on the machine.
 pub fn artifacts() -> Option<PathBuf> {
+    if let Some(named) = std::env::var_os("CASEMATE_ARTIFACTS") {
+        return Some(named.into());
+    }
     let built = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("artifacts");
-    [built, "/var/lib/casemate/artifacts".into()]
+    let there = [built, "/var/lib/casemate/artifacts".into()]
         .into_iter()
-        .find(|p| p.join("kernel").exists())
+        .find(|p| p.join("kernel").exists());
+    if there.is_none() {
+        eprintln!("SKIPPED: no artifacts; run `cargo xtask image`");
+    }
+    there
 }
 
 fn base64(bytes: &[u8]) -> String {
@@ -109,4 +122,87 @@ fn base64(bytes: &[u8]) -> String {
         }
     }
     out
+}
+
+/// A template, and a workspace that starts from it, cold, and from it again, with a real guest.
+/// `open` opens its warden, again and again.
+pub fn lives(world: &World, driver: Driver, open: impl Fn() -> Arc<Warden>) {
+    let mut w = open();
+    // Build.
+    w.answer(vm_open(world, 0, Start::Build)).unwrap();
+    ask::<vmctl::Status>(world, 0, &vmctl::Op::Prepare);
+    ask::<bool>(world, 0, &vmctl::Op::Save);
+    w.answer(Op::TemplateSeal { slot: 0 })
+        .unwrap_or_else(|e| panic!("{e:?}"));
+    assert_eq!(status(&w).templates.len(), 1);
+    // Restored and cold, the same workspace after one another: its data stays.
+    let mut run = 0;
+    for (slot, how) in [(1, Start::Template), (2, Start::Cold), (1, Start::Template)] {
+        let net: VmOpened =
+            serde_json::from_value(w.answer(vm_open(world, slot, how)).unwrap()).unwrap();
+        ask::<vmctl::Status>(world, slot, &vmctl::Op::Prepare);
+        run += 1;
+        let attach = start(world, &w, slot, &net, run);
+        ask::<api::agent::Up>(
+            world,
+            slot,
+            &vmctl::Op::Attach {
+                attach: Box::new(attach),
+                wait_ms: 60_000,
+            },
+        );
+        let to = |port| SocketAddr::new(net.ip.parse().unwrap(), port);
+        assert!(!dial(EDGE_UID, to(9991)), "closed until opened");
+        w.answer(Op::NetSet {
+            slot,
+            open: vec![edge(9991)],
+            rates: api::warden::NetRates::default(),
+        })
+        .unwrap();
+        assert!(dial(EDGE_UID, to(9991)), "{how:?}");
+        // Another warden takes over a workspace that runs.
+        drop(w);
+        w = open();
+        let slots = status(&w).slots;
+        assert_eq!((slots.len(), slots[0].state), (1, SlotState::DiskAttached));
+        assert!(dial(EDGE_UID, to(9991)), "{how:?}");
+        assert!(!dial(EDGE_UID, to(9990)));
+        assert!(!dial(0, to(9991)), "root is not the edge");
+        w.answer(Op::NetSet {
+            slot,
+            open: vec![],
+            rates: api::warden::NetRates::default(),
+        })
+        .unwrap();
+        assert!(!dial(EDGE_UID, to(9991)));
+        ask::<vmctl::Status>(world, slot, &vmctl::Op::Pause);
+        ask::<vmctl::Status>(world, slot, &vmctl::Op::Resume);
+        ask::<vmctl::Status>(world, slot, &vmctl::Op::Shutdown { grace_ms: 30_000 });
+        let disk = slots[0].disk_pid.unwrap();
+        let ended = || jail::process::Proc::of(disk).is_none();
+        if driver == Driver::Qemu {
+            until("the disk ends with its VMM", ended);
+        }
+        // Firecracker does not end by itself.
+        w.answer(Op::SlotClose { slot }).unwrap();
+        until("the disk ends with its slot", ended);
+        world.assert_clean();
+    }
+}
+
+fn vm_open(world: &World, slot: u16, how: Start) -> Op {
+    Op::VmOpen {
+        slot,
+        how,
+        image: world.image.clone(),
+        memory_mb: MEMORY_MB,
+        cpus: 1,
+    }
+}
+
+/// Whether `uid` gets a connection; a dropped packet is no answer, so there is a limit.
+fn dial(uid: u32, to: SocketAddr) -> bool {
+    as_uid(uid, move || {
+        TcpStream::connect_timeout(&to, Duration::from_millis(700)).is_ok()
+    })
 }

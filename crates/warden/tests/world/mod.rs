@@ -122,6 +122,16 @@ impl World {
         world
     }
 
+    /// Copies a base image of those artifacts into this world's own.
+    pub fn image_copy(&mut self, artifacts: &Path) {
+        let images = std::fs::read_dir(artifacts.join("images")).unwrap();
+        let mut names = images.map(|e| e.unwrap().file_name().into_string().unwrap());
+        let name = names.find(|n| n.ends_with(".erofs")).unwrap();
+        let (from, to) = (artifacts.join("images"), self.layout.artifacts());
+        std::fs::copy(from.join(&name), to.join("images").join(&name)).unwrap();
+        self.image = name.trim_end_matches(".erofs").into();
+    }
+
     /// The same installation, seen from a process that a test started.
     pub fn at(dir: &Path) -> Self {
         let image = seal::hash::sha256(b"an image")
