@@ -13,6 +13,7 @@ use std::fs::File;
 use std::net::Ipv4Addr;
 use std::os::fd::IntoRawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,10 +26,11 @@ use tokio::sync::{mpsc, watch};
 use crate::attach::{self, AttachError, Device, TOKEN_STATE, Workspace, memory_bytes};
 use crate::auth::StateError;
 use crate::boot::{self, BootError, step};
-use crate::channel::{Received, Receiver, Sender};
+use crate::channel::{self, Received, Receiver, Sender, VIRTIO_DEVICES};
 use crate::exec::Tasks;
 use crate::http::{Service, serve_direct, serve_edge};
 use crate::launch::Launcher;
+use crate::limits::DOWN_WAIT;
 use crate::rehearse::{self, Extent};
 use crate::{power, reap};
 
@@ -248,6 +250,11 @@ fn clock_set(sender: &Sender, time_unix_ns: u64) {
 fn down(sender: &Sender) -> ! {
     power::disk_release();
     tell(sender, &FromGuest::Down);
+    // Over a vsock what was written leaves by a thread of the kernel's, and a reset would overtake
+    // it. vmctl, once it has heard, ends the machine sooner than this.
+    if channel::vsock(Path::new(VIRTIO_DEVICES)) {
+        std::thread::sleep(DOWN_WAIT);
+    }
     power::off()
 }
 

@@ -73,6 +73,8 @@ pub const DISK_SIZE_WAIT: Duration = Duration::from_secs(2);
 pub const SHUTDOWN_GRACE: Duration = Duration::from_secs(2);
 /// How long file systems may take to be let go.
 pub const UNMOUNT_WAIT: Duration = Duration::from_secs(2);
+/// How long a machine with a vsock stays after its last word, so that it gets out.
+pub const DOWN_WAIT: Duration = Duration::from_millis(500);
 /// Life of the agent's TLS certificate: the longest a workspace runs without a restart.
 pub const LEAF_TTL: Duration = Duration::from_secs(397 * 86_400);
 /// Longest JSON of an identity block, bytes.
