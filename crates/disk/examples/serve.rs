@@ -1,8 +1,9 @@
-//! For `cargo xtask bench disk`: serves a file over FUSE at a path, to measure with and without the
-//! cipher. No sandbox, no grant, no limits, no identity in front: never for data that matters.
+//! For `cargo xtask bench disk`: serves a file over FUSE at a path, to measure with and without
+//! cipher and integrity. No sandbox, no grant, no limits, no identity in front: never for data that
+//! matters.
 //!
-//! `serve encrypted|plain BACKING FROM MOUNTPOINT`: BACKING becomes a copy of the file FROM;
-//! MOUNTPOINT is a file. Says `ready`, and serves until its standard input ends.
+//! `serve encrypted|plain BACKING FROM MOUNTPOINT`: BACKING (and BACKING.tags) becomes a copy of
+//! the file FROM; MOUNTPOINT is a file. Says `ready`, and serves until its standard input ends.
 
 #![allow(unsafe_code)] // FUSE_DEV_IOC_CLONE.
 
@@ -19,6 +20,7 @@ use disk::bucket::Limiter;
 use disk::fuse::{Content, Serving, Worker};
 use disk::limits::{BYTES_PER_S, DATA_OFFSET_BYTES, OPS_PER_S, REQUEST_MAX_BYTES, WORKERS};
 use disk::luks2::VolumeKey;
+use disk::sidecar::{Keys, Sidecar};
 use disk::volume::Volume;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
@@ -33,11 +35,20 @@ fn main() -> Result<(), Box<dyn Error>> {
     let size_bytes = from.metadata()?.len();
     let mut options = File::options();
     options.read(true).write(true).create(true).truncate(true);
+    let tags = format!("{backing}.tags");
     let backing = options.open(backing)?;
     match kind.as_str() {
         "encrypted" => {
-            let volume = || Volume::new(backing, &VolumeKey::random(), size_bytes);
-            let volume = volume()?;
+            backing.set_len(DATA_OFFSET_BYTES + size_bytes)?;
+            let keys = || Keys::derive(&[7; 32]);
+            let sectors = size_bytes / 4096;
+            Sidecar::create(options.open(&tags)?, keys()?, sectors, 1)?.finish(&backing)?;
+            let tags = File::options().read(true).write(true).open(tags)?;
+            let sidecar = Sidecar::open(tags, &backing, keys()?, sectors, 2, None)?;
+            let key = VolumeKey::random();
+            let volume = Volume::with_sidecar(backing, sidecar, &key, size_bytes)?;
+            let draining = volume.clone();
+            std::thread::spawn(move || draining.drain_as_due());
             serve(&from, Path::new(at), || Encrypted(volume.clone()))
         }
         "plain" => {

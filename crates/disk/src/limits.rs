@@ -17,9 +17,10 @@ pub const PBKDF2_MAX_ITERATIONS: u32 = 100_000;
 /// Salts in a header, bytes.
 pub const SALT_MAX_BYTES: usize = 64;
 
-/// Largest FUSE read or write, bytes: small enough that a large one is cut and shared among the
-/// workers, and that a piece stays in a core's cache between the copy and the cipher.
-pub const REQUEST_MAX_BYTES: usize = 128 << 10;
+/// Largest FUSE read or write, bytes: what a guest's largest request is, so that it is one.
+pub const REQUEST_MAX_BYTES: usize = 512 << 10;
+/// Sectors that are read, checked and decrypted, or encrypted and tagged, in one go.
+pub const RUN_SECTORS: usize = 16;
 /// What a start reads before the first sector, bytes: both headers and keyslot 0. A tag covers it.
 pub const HEADER_COVERED_BYTES: usize = 284 << 10;
 /// A node of the tree of tags, bytes.
@@ -30,18 +31,22 @@ pub const NODE_FANOUT: usize = 256;
 pub const TOP_NODES: usize = 16;
 /// Leaves of the tree kept in memory; each covers 1 MiB.
 pub const LEAVES_CACHED_MAX: usize = 512;
-/// Sectors that are answered and wait for their batch.
+/// Sectors that are answered and wait for their batch; half as many are worth one.
 pub const BUFFER_SECTORS: usize = 2048;
 /// Memory that a flushed buffer keeps, bytes.
 pub const BUFFER_KEPT_BYTES: usize = 256 << 10;
-/// The journal of the sidecar, bytes.
-pub const JOURNAL_BYTES: u64 = 1 << 20;
+/// The journal of the sidecar, bytes: a checkpoint waits until all is on the medium, and this is
+/// room for some 600 MiB of writes between two of them.
+pub const JOURNAL_BYTES: u64 = 4 << 20;
+/// So much of the journal is written ahead, bytes: a sync of a batch then does not have to wait for
+/// the file system's own journal, and with it for the data of all its files.
+pub const JOURNAL_AHEAD_BYTES: u64 = 1 << 20;
 /// Tags in one batch of the journal.
 pub const BATCH_ENTRIES_MAX: usize = BUFFER_SECTORS;
 /// Sectors whose ciphertext a batch may carry.
 pub const CARRIED_SECTORS_MAX: usize = 16;
 /// Tags that are in the journal and not yet in the tree.
-pub const CHANGES_MAX: usize = 32 << 10;
+pub const CHANGES_MAX: usize = 128 << 10;
 /// Smallest range that becomes a hole at once, sectors: smaller ones are written as zeros, which
 /// costs no sync.
 pub const HOLE_MIN_SECTORS: u64 = 256;
@@ -54,7 +59,7 @@ pub const BACKGROUND_MAX: u16 = 64;
 
 /// After so many bytes written the kernel is asked to begin writing them to the disk: then a flush
 /// has little left to wait for, and one workspace holds little of the host's unwritten memory.
-pub const WRITE_OUT_BYTES: u64 = 8 << 20;
+pub const WRITE_OUT_BYTES: u64 = 32 << 20;
 
 /// How much of a second a rate limit may be ahead, ns. At most one second (DSK-5).
 pub const BURST_NS: u64 = 100_000_000;
@@ -78,6 +83,7 @@ const _: () = assert!(
     VOLUME_MAX_MB as usize <= TOP_NODES * NODE_FANOUT * NODE_FANOUT,
     "the superblock's tags cover the largest volume: a leaf has 1 MiB"
 );
+const _: () = assert!(JOURNAL_BYTES.is_multiple_of(JOURNAL_AHEAD_BYTES));
 const _: () = assert!(HEADER_COVERED_BYTES as u64 <= DATA_OFFSET_BYTES);
 const _: () = assert!(DATA_OFFSET_BYTES.is_multiple_of(SECTOR_BYTES as u64));
 const _: () = assert!(REQUEST_MAX_BYTES.is_multiple_of(SECTOR_BYTES));

@@ -105,6 +105,7 @@ fn confined(
         let serving = Arc::clone(&serving);
         start_worker(device, content.clone(), serving, Arc::clone(teller))?;
     }
+    let drainer = start_drainer()?;
     sandbox::enter()?;
     control.send(&FromDisk::Hello {
         hpke_pub: key.public().to_hex(),
@@ -121,6 +122,10 @@ fn confined(
     let (object, note) = open(files, &opened, teller, key)?;
     drop(opened);
     content.begin(object.clone());
+    if !object.is_saved() {
+        // It lives as long as the process does.
+        let _there = drainer.send(object.volume().clone());
+    }
     control.send(&FromDisk::Ready {
         size_bytes: object.size_bytes(),
         state: state(object.volume()),
@@ -427,28 +432,46 @@ fn receive_grant(control: &Control, key: &SecretKey) -> Result<Option<Opened>, D
     }
 }
 
-/// Starts a thread that serves, inside its sandbox before anything comes from outside.
+/// Starts a thread that serves.
 fn start_worker(
     device: Arc<File>,
     content: Late<Object<File>>,
     serving: Arc<Serving>,
     teller: Arc<Teller>,
 ) -> Result<(), DiskError> {
+    start_confined("fuse", move || {
+        let worker = Worker::new(device, content.clone(), Arc::clone(&serving));
+        serve(worker, &content, &serving, &teller);
+    })
+}
+
+/// Starts the thread that brings a volume's batches to its files; the volume comes later.
+fn start_drainer() -> Result<mpsc::Sender<Volume<File>>, DiskError> {
+    let (sender, volumes) = mpsc::channel::<Volume<File>>();
+    start_confined("drain", move || {
+        if let Ok(volume) = volumes.recv() {
+            volume.drain_as_due();
+        }
+    })?;
+    Ok(sender)
+}
+
+/// Starts a thread, inside its sandbox before anything comes from outside.
+fn start_confined(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), DiskError> {
     let ended = |why: String| DiskError::Sandbox {
         operation: "thread",
         why,
     };
     let (confined_in, confined) = mpsc::channel();
     thread::Builder::new()
-        .name("fuse".to_owned())
+        .name(name.to_owned())
         .spawn(move || {
             let entered = sandbox::enter();
             let failed = entered.is_err();
             if confined_in.send(entered).is_err() || failed {
                 return;
             }
-            let worker = Worker::new(device, content.clone(), Arc::clone(&serving));
-            serve(worker, &content, &serving, &teller);
+            work();
         })
         .map_err(|why| ended(why.to_string()))?;
     confined.recv().map_err(|why| ended(why.to_string()))?

@@ -20,7 +20,9 @@ use seal::xts::Xts;
 
 use crate::DiskError;
 use crate::backing::Backing;
-use crate::limits::{DATA_OFFSET_BYTES, HOLE_MIN_SECTORS, SECTOR_BYTES, WRITE_OUT_BYTES};
+use crate::limits::{
+    DATA_OFFSET_BYTES, HOLE_MIN_SECTORS, RUN_SECTORS, SECTOR_BYTES, WRITE_OUT_BYTES,
+};
 use crate::luks2::VolumeKey;
 use crate::ranges::Ranges;
 use crate::sidecar::{Report, Sidecar};
@@ -200,6 +202,14 @@ impl<B: Backing> Volume<B> {
             .inspect_err(|_| self.shared.lost.store(true, Ordering::SeqCst))
     }
 
+    /// The work of a thread beside those that write: see [`Sidecar::drain_as_due`]. Of a volume
+    /// without a sidecar there is none.
+    pub fn drain_as_due(&self) {
+        if let Some(sidecar) = &self.shared.sidecar {
+            sidecar.drain_as_due(&self.shared.backing);
+        }
+    }
+
     /// Counts `len` bytes as written, and has a good deal of them written out.
     fn write_out(&self, len: u64) {
         let written = &self.shared.written_bytes;
@@ -308,12 +318,14 @@ impl<B: Backing> Volume<B> {
 
     /// Reads and decrypts whole sectors.
     fn load(&self, first_sector: u64, data: &mut [u8]) -> io::Result<()> {
-        self.fetch(first_sector, data)?;
-        let (sectors, rest) = data.as_chunks_mut::<SECTOR_BYTES>();
-        assert!(rest.is_empty());
-        for (sector, data) in (first_sector..).zip(sectors) {
-            if *data != [0; SECTOR_BYTES] {
-                self.cipher.decrypt(sector, data);
+        for (first, data) in runs(first_sector, data) {
+            self.fetch(first, data)?;
+            let (sectors, rest) = data.as_chunks_mut::<SECTOR_BYTES>();
+            assert!(rest.is_empty());
+            for (sector, data) in (first..).zip(sectors) {
+                if *data != [0; SECTOR_BYTES] {
+                    self.cipher.decrypt(sector, data);
+                }
             }
         }
         Ok(())
@@ -323,11 +335,14 @@ impl<B: Backing> Volume<B> {
     fn store(&self, first_sector: u64, data: &mut [u8]) -> io::Result<()> {
         let len = data.len() as u64;
         assert!(place(first_sector) + len <= DATA_OFFSET_BYTES + self.shared.size_bytes);
-        self.cipher.encrypt(first_sector, data);
-        match &self.shared.sidecar {
-            Some(sidecar) => sidecar.write(&self.shared.backing, first_sector, data),
-            None => self.shared.backing.write_at(place(first_sector), data),
+        for (first, data) in runs(first_sector, data) {
+            self.cipher.encrypt(first, data);
+            match &self.shared.sidecar {
+                Some(sidecar) => sidecar.write(&self.shared.backing, first, data)?,
+                None => self.shared.backing.write_at(place(first), data)?,
+            }
         }
+        Ok(())
     }
 
     /// The sectors that a range touches, if it lies within the volume.
@@ -396,6 +411,12 @@ fn for_each_piece(
         })?;
     }
     Ok(())
+}
+
+/// Whole sectors in pieces that stay in a core's cache from one pass over them to the next.
+fn runs(first_sector: u64, data: &mut [u8]) -> impl Iterator<Item = (u64, &mut [u8])> {
+    let pieces = data.chunks_mut(RUN_SECTORS * SECTOR_BYTES);
+    (first_sector..).step_by(RUN_SECTORS).zip(pieces)
 }
 
 /// Where a sector rests in the backing file, bytes.

@@ -6,6 +6,7 @@
 
 use super::platform::Platform;
 use anyhow::{Context as _, Result, bail, ensure};
+use jail::cgroup::{Bounds, Cgroups};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::{FdFlags, fcntl_setfd};
 use std::ffi::OsString;
@@ -28,6 +29,8 @@ pub(super) struct Bare {
     image: PathBuf,
     template: Option<PathBuf>,
     accel: Accel,
+    /// The control group that its QEMU runs in, if it runs in one.
+    pub(super) quota: Option<Quota>,
     /// The last command line, for people who want to run it.
     pub(super) line: String,
 }
@@ -73,6 +76,7 @@ impl Bare {
             } else {
                 Accel::Kvm
             },
+            quota: None,
             line: String::new(),
         })
     }
@@ -179,6 +183,9 @@ impl Bare {
         self.line = format!("{command:?}").replace('"', "");
         let child = command.spawn().context("start the closure's QEMU")?;
         let child = Owned(child);
+        if let Some(quota) = &self.quota {
+            quota.put(child.0.id())?;
+        }
         drop((qmp_theirs, agent_theirs));
         Ok(Vm {
             qemu: Qemu::new(qmp)?,
@@ -243,6 +250,42 @@ impl Vm {
                 n => self.buffer.extend_from_slice(&chunk[..n]),
             }
         }
+    }
+}
+
+/// As much CPU time as a workspace of one CPU has, for what is measured beside it.
+pub(super) struct Quota(Cgroups);
+
+impl Quota {
+    /// Another name than an installation's, which forgets the groups that it did not make.
+    const INSTANCE: &str = "bench-bare";
+    const GROUP: &str = "one";
+
+    pub(super) fn one_cpu() -> Result<Self> {
+        let groups = Cgroups::open(Self::INSTANCE)?;
+        let bounds = Bounds {
+            memory_bytes: None,
+            memory_min_bytes: 0,
+            pids: None,
+            cpu_us: jail::plan::slot_bounds(1).cpu_us,
+        };
+        groups.create(Self::GROUP, bounds)?;
+        Ok(Self(groups))
+    }
+
+    /// A process and what it will start.
+    pub(super) fn put(&self, pid: u32) -> Result<()> {
+        for door in self.0.doors(Self::GROUP)? {
+            File::from(door).write_all(pid.to_string().as_bytes())?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Quota {
+    fn drop(&mut self) {
+        let _gone = self.0.remove(Self::GROUP);
+        self.0.forget();
     }
 }
 

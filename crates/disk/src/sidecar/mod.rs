@@ -36,7 +36,9 @@ mod tree;
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{
+    Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+};
 
 use seal::kdf::hkdf;
 use seal::secret::SecretBytes;
@@ -54,7 +56,7 @@ use crate::DiskError;
 use crate::backing::Backing;
 use crate::limits::{
     BUFFER_KEPT_BYTES, BUFFER_SECTORS, CARRIED_SECTORS_MAX, CHANGES_MAX, DATA_OFFSET_BYTES,
-    HEADER_COVERED_BYTES, JOURNAL_BYTES, SECTOR_BYTES,
+    HEADER_COVERED_BYTES, JOURNAL_AHEAD_BYTES, JOURNAL_BYTES, SECTOR_BYTES,
 };
 
 /// A keyed tag. Zeros: a hole, whose bytes must be zeros.
@@ -113,6 +115,8 @@ pub struct Sidecar<B> {
     sectors: u64,
     commit: Mutex<Commit>,
     buffers: Mutex<Buffers>,
+    /// There is enough in the buffers for a batch.
+    due: Condvar,
     view: RwLock<View>,
     cache: Cache,
     buffer_sectors: usize,
@@ -133,6 +137,8 @@ struct Commit {
     /// The last batch whose sectors are durable.
     confirmed: u64,
     journal_at: u64,
+    /// Up to here the journal's place in the file was written before.
+    journal_ahead: u64,
     seq: u64,
     header: Tag,
     /// The batch of what is being flushed is durable.
@@ -186,16 +192,14 @@ impl<B: Backing> Sidecar<B> {
     pub fn create(file: B, keys: Keys, sectors: u64, run: u64) -> Result<Self, DiskError> {
         let making = || DiskError::io("making the sidecar");
         file.set_len(0).map_err(making())?;
-        // Written once, so that no sync of a batch has to wait for the file system's own journal,
-        // and with it for the data of all its files.
-        let blank = vec![0; usize::try_from(JOURNAL_BYTES).expect("a small constant")];
-        file.write_at(JOURNAL_AT, &blank).map_err(making())?;
+        journal_ahead(&file, 0).map_err(making())?;
         let commit = Commit {
             run,
             generation: Generation { run, batch: 1 },
             chain: keys.chain(&[0; 32], &run.to_le_bytes()),
             confirmed: 1,
             journal_at: 0,
+            journal_ahead: JOURNAL_AHEAD_BYTES,
             seq: 0,
             header: [0; 16],
             appended: false,
@@ -214,6 +218,7 @@ impl<B: Backing> Sidecar<B> {
             sectors,
             commit: Mutex::new(commit),
             buffers: Mutex::default(),
+            due: Condvar::new(),
             view: RwLock::new(View {
                 top,
                 changes: Changes::default(),
@@ -319,11 +324,41 @@ impl<B: Backing> Sidecar<B> {
             .buffers()
             .put(first, sectors, tags, self.buffer_sectors)
         {
+            // Behind the one that drains, if there is one.
             let mut commit = self.committer();
             // Another thread may have made room meanwhile.
             if !self.buffers().has_room(sectors.len(), self.buffer_sectors) {
                 self.drain(&mut commit, data, false)?;
             }
+        }
+        if self.buffers().is_due(self.buffer_sectors) {
+            self.due.notify_one();
+        }
+        Ok(())
+    }
+
+    /// Brings what was written to the data file as it comes, in batches, for ever: a thread's whole
+    /// work. Without one, whoever finds the buffer full does it, and all that writes waits.
+    pub fn drain_as_due(&self, data: &B) -> ! {
+        loop {
+            let not_due = |buffers: &mut Buffers| !buffers.is_due(self.buffer_sectors);
+            let waited = self.due.wait_while(self.buffers(), not_due);
+            drop(waited.unwrap_or_else(PoisonError::into_inner));
+            if self.drain_if_due(data).is_err() {
+                // What failed is told to the next who flushes or finds no room, and may pass. Here
+                // the next try comes with the next write.
+                let written = self.due.wait(self.buffers());
+                drop(written.unwrap_or_else(PoisonError::into_inner));
+            }
+        }
+    }
+
+    /// One batch, if there is enough for it.
+    fn drain_if_due(&self, data: &B) -> io::Result<()> {
+        let mut commit = self.committer();
+        // Another thread may have been faster.
+        if self.buffers().is_due(self.buffer_sectors) {
+            self.drain(&mut commit, data, false)?;
         }
         Ok(())
     }
@@ -483,6 +518,10 @@ impl<B: Backing> Sidecar<B> {
             body,
         };
         let (bytes, chain) = batch.encode(&self.keys, &commit.chain);
+        if commit.journal_at + bytes.len() as u64 > commit.journal_ahead {
+            journal_ahead(&self.file, commit.journal_ahead)?;
+            commit.journal_ahead += JOURNAL_AHEAD_BYTES;
+        }
         self.file.write_at(JOURNAL_AT + commit.journal_at, &bytes)?;
         self.file.sync().inspect_err(|_| self.lose())?;
         commit.journal_at += bytes.len() as u64;
@@ -624,6 +663,11 @@ impl Buffers {
         self.active.is_empty() || self.active.len() + sectors <= most
     }
 
+    /// Whether there is enough for a batch: half of what is the most.
+    fn is_due(&self, most: usize) -> bool {
+        self.active.len() >= most / 2
+    }
+
     /// Whether there was room.
     fn put(
         &mut self,
@@ -702,6 +746,12 @@ fn header_tag<B: Backing>(tagger: &Tagger, data: &B) -> io::Result<Tag> {
 /// Where a sector rests in the data file, bytes.
 fn place(sector: u64) -> u64 {
     DATA_OFFSET_BYTES + sector * SECTOR_BYTES as u64
+}
+
+/// Writes the next part of the journal's place, from `at` on: nothing of the journal is there yet.
+fn journal_ahead<B: Backing>(file: &B, at: u64) -> io::Result<()> {
+    let blank = vec![0; usize::try_from(JOURNAL_AHEAD_BYTES).expect("a small constant")];
+    file.write_at(JOURNAL_AT + at, &blank)
 }
 
 /// Where a checkpoint's superblock rests, bytes.

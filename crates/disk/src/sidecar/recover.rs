@@ -17,7 +17,7 @@ use super::layout::{
 use super::{Chain, Commit, Keys, Sidecar, Tag, fits, header_tag, place};
 use crate::DiskError;
 use crate::backing::Backing;
-use crate::limits::{DATA_OFFSET_BYTES, JOURNAL_BYTES, SECTOR_BYTES};
+use crate::limits::{DATA_OFFSET_BYTES, JOURNAL_AHEAD_BYTES, JOURNAL_BYTES, SECTOR_BYTES};
 
 /// The least state that may be opened.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -85,6 +85,8 @@ impl<B: Backing> Sidecar<B> {
             chain: journal.last().map_or(superblock.chain, |(_, chain)| *chain),
             confirmed: end.batch,
             journal_at: 0,
+            // All that is sure of a sidecar of any age.
+            journal_ahead: JOURNAL_AHEAD_BYTES,
             seq: superblock.seq,
             header: superblock.header,
             appended: false,

@@ -1,5 +1,8 @@
 //! Power cuts at any operation, with any part of what was not synced lost.
 
+use std::time::{Duration, Instant};
+
+use super::super::place;
 use super::*;
 
 /// Two leaves' worth and a bit, so that a hole may be a whole leaf.
@@ -99,6 +102,7 @@ impl Disk {
                 }
                 report.is_ok()
             }
+            18 => self.sidecar.drain_if_due(data).is_ok(),
             _ => {
                 let spot = SPOTS[dice.below(SPOTS.len() as u64) as usize];
                 match read(&self.sidecar, data, spot) {
@@ -194,4 +198,31 @@ fn a_long_life_without_cuts_ends_clean_and_is_opened_without_a_write() {
         let now = read(&again, &disk.machine.data, *spot).unwrap();
         assert!(now == *sector.versions.last().unwrap());
     }
+}
+
+/// Nobody flushes, and the buffer is never full: the thread beside brings it out.
+#[test]
+fn what_is_written_goes_out_by_itself() {
+    let machine = Machine::new(SECTORS);
+    let sidecar = machine.create(SECTORS, 1);
+    sidecar.finish(&machine.data).unwrap();
+    let sidecar = Arc::new(sidecar);
+    let (draining, data) = (Arc::clone(&sidecar), machine.data.clone());
+    // Ends with the test's process.
+    std::thread::spawn(move || draining.drain_as_due(&data));
+    let half = vec![[7; SECTOR_BYTES]; 12];
+    for at in [0, 100, 200] {
+        let before = sidecar.report().generation;
+        write(&sidecar, &machine.data, at, &half).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while sidecar.report().generation == before {
+            assert!(Instant::now() < deadline, "nobody drains");
+            std::thread::yield_now();
+        }
+        let mut at_rest = [0; SECTOR_BYTES];
+        machine.data.read_at(place(at), &mut at_rest).unwrap();
+        assert_eq!(at_rest, [7; SECTOR_BYTES]);
+    }
+    write(&sidecar, &machine.data, 300, &half[..11]).unwrap();
+    assert_eq!(sidecar.buffers().active.len(), 11, "less waits for a flush");
 }
