@@ -1,28 +1,30 @@
 //! `/init` of the disk baseline of `cargo xtask bench disk`: a VM without Casemate around it that
-//! runs the same `dd` as a workspace, on ext4 on `/dev/vdb`, and says on the agent's port what it
-//! printed. Lines are `w …`, `f …` (flushed), `r …`, those of [`reads`], and, last, `end`.
+//! does the same as this program does in a workspace, on ext4 on `/dev/vdb`, and says its figures on
+//! the agent's port; last, `end`.
 //!
-//! `baseline reads FILE`, in a workspace: those lines alone, on the standard output.
+//! `baseline FILE`, in a workspace: the same on FILE, said on the standard output. Lines are
+//! `METRIC VALUE`: MB/s of direct I/O of 1 MiB in sequence, 4 KiB reads per second at random places.
 
 use std::fs::File;
 use std::io::{self, Write as _};
-use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _, chroot};
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
-use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 const RUNS: usize = 3;
+const FILE_BYTES: u64 = 256 << 20;
+const PIECE_BYTES: usize = 1 << 20;
 /// How long random reads go on.
 const READING: Duration = Duration::from_secs(2);
-/// Threads that read, by the mark of their line.
-const DEPTHS: [(&str, usize); 2] = [("1", 1), ("8", 8)];
+/// Threads that read, each one at a time.
+const DEPTHS: [(&str, usize); 2] = [("iops_depth_1", 1), ("iops", 8)];
 const BLOCK_BYTES: usize = 4096;
 
 fn main() {
-    let args: Vec<String> = std::env::args().skip(1).collect();
-    if let ["reads", file] = args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        print!("{}", reads(Path::new(file)).expect("the file can be read"));
+    if let Some(file) = std::env::args().nth(1) {
+        let figures = figures(Path::new(&file));
+        print!("{}", figures.expect("the file can be written and read"));
         return;
     }
     guest::init::stdio_open();
@@ -31,7 +33,7 @@ fn main() {
         .and_then(|mut ports| ports.next().expect("the machine has one port"))
         .expect("it has a name")
         .file_name();
-    let mut port = std::fs::OpenOptions::new()
+    let mut port = File::options()
         .write(true)
         .open(Path::new("/dev").join(name))
         .expect("it can be opened");
@@ -45,85 +47,118 @@ fn main() {
 
 fn run() -> Result<String, Box<dyn std::error::Error>> {
     guest::boot::prepare()?;
-    guest::boot::base_mount()?;
-    let base = Path::new(guest::boot::BASE);
+    std::fs::create_dir_all("/mnt")?;
     let flags = rustix::mount::MountFlags::NOATIME;
-    let to = base.join("mnt");
-    rustix::mount::mount("/dev/vdb", &to, "ext4", flags, Some(c"discard"))?;
-    for dir in ["dev", "sys"] {
-        rustix::mount::mount_bind(Path::new("/").join(dir), base.join(dir))?;
-    }
-    chroot(base)?;
-    std::env::set_current_dir("/")?;
+    rustix::mount::mount("/dev/vdb", "/mnt", "ext4", flags, Some(c"discard"))?;
+    Ok(figures(Path::new("/mnt/file"))?)
+}
+
+fn figures(path: &Path) -> io::Result<String> {
     let mut said = String::new();
     for _ in 0..RUNS {
-        for (mark, words) in [
-            (
-                "w",
-                "if=/dev/zero of=/mnt/file bs=1M count=256 oflag=direct",
-            ),
-            (
-                "f",
-                "if=/dev/zero of=/mnt/file bs=1M count=256 oflag=direct conv=fsync",
-            ),
-            ("r", "if=/mnt/file of=/dev/null bs=1M iflag=direct"),
-        ] {
-            let out = Command::new("/usr/bin/dd")
-                .args(words.split(' '))
-                .output()?;
-            let text = String::from_utf8_lossy(&out.stderr).into_owned();
-            let last = text.lines().last().unwrap_or("nothing");
-            said += &format!("{mark} {last}\n");
+        for (metric, flush) in [("write", false), ("durable_write", true)] {
+            said += &format!("{metric} {:.1}\n", write(path, flush)?);
             // What was written is on the medium before the next begins.
             rustix::fs::sync();
         }
-        said += &reads(Path::new("/mnt/file"))?;
-        std::fs::remove_file("/mnt/file")?;
+        said += &format!("read {:.1}\n", read(path)?);
     }
+    for (metric, threads) in DEPTHS {
+        said += &format!("{metric} {:.0}\n", random(path, threads)?);
+    }
+    std::fs::remove_file(path)?;
     Ok(said)
 }
 
-/// Reads 4 KiB at random places past the page cache, each thread one at a time: lines
-/// `DEPTH READS_PER_S`.
-fn reads(path: &Path) -> io::Result<String> {
-    let mut said = String::new();
-    for (mark, threads) in DEPTHS {
-        let file = File::options()
-            .read(true)
-            .custom_flags(libc::O_DIRECT)
-            .open(path)?;
-        let blocks = file.metadata()?.len() / BLOCK_BYTES as u64;
-        let (end, began) = (AtomicBool::new(false), Instant::now());
-        let read = |seed: usize| -> io::Result<u64> {
-            let mut block = Box::new(Block([0; BLOCK_BYTES]));
-            let (mut place, mut count) = (seed as u64, 0);
-            while !end.load(Ordering::Relaxed) {
-                // Knuth's MMIX generator; its high bits are good enough.
-                place = place
-                    .wrapping_mul(6_364_136_223_846_793_005)
-                    .wrapping_add(1_442_695_040_888_963_407);
-                let at = (place >> 20) % blocks * BLOCK_BYTES as u64;
-                file.read_exact_at(&mut block.0, at)?;
-                count += 1;
-            }
-            Ok(count)
-        };
-        let counts: io::Result<Vec<u64>> = std::thread::scope(|scope| {
-            let read = &read;
-            let threads: Vec<_> = (0..threads)
-                .map(|seed| scope.spawn(move || read(seed)))
-                .collect();
-            std::thread::sleep(READING);
-            end.store(true, Ordering::Relaxed);
-            let joined = threads.into_iter().map(|t| t.join().expect("it reads"));
-            joined.collect()
-        });
-        let per_s = counts?.iter().sum::<u64>() as f64 / began.elapsed().as_secs_f64();
-        said += &format!("{mark} {per_s:.0}\n");
+/// MB/s of writing the file anew.
+fn write(path: &Path, flush: bool) -> io::Result<f64> {
+    let mut piece = Piece::new(PIECE_BYTES);
+    // Neither zeros, which may become holes, nor anything to compute on the way.
+    for (byte, n) in piece.bytes().iter_mut().zip(0u32..) {
+        *byte = (n.wrapping_mul(0x9e37_79b1) >> 24) as u8;
     }
-    Ok(said)
+    let file = direct()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(path)?;
+    let began = Instant::now();
+    for at in (0..FILE_BYTES).step_by(PIECE_BYTES) {
+        file.write_all_at(piece.bytes(), at)?;
+    }
+    if flush {
+        file.sync_all()?;
+    }
+    Ok(mb_per_s(began))
 }
 
-/// What direct I/O takes.
-#[repr(align(4096))]
-struct Block([u8; BLOCK_BYTES]);
+/// MB/s of reading it.
+fn read(path: &Path) -> io::Result<f64> {
+    let mut piece = Piece::new(PIECE_BYTES);
+    let file = direct().read(true).open(path)?;
+    let began = Instant::now();
+    for at in (0..FILE_BYTES).step_by(PIECE_BYTES) {
+        file.read_exact_at(piece.bytes(), at)?;
+    }
+    Ok(mb_per_s(began))
+}
+
+/// Reads of 4 KiB per second at random places, past the page cache.
+fn random(path: &Path, threads: usize) -> io::Result<f64> {
+    let file = direct().read(true).open(path)?;
+    let (end, began) = (AtomicBool::new(false), Instant::now());
+    let read = |seed: usize| -> io::Result<u64> {
+        let mut block = Piece::new(BLOCK_BYTES);
+        let (mut place, mut count) = (seed as u64, 0);
+        while !end.load(Ordering::Relaxed) {
+            // Knuth's MMIX generator; its high bits are good enough.
+            place = place
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            let at = (place >> 20) % (FILE_BYTES / BLOCK_BYTES as u64) * BLOCK_BYTES as u64;
+            file.read_exact_at(block.bytes(), at)?;
+            count += 1;
+        }
+        Ok(count)
+    };
+    let counts: io::Result<Vec<u64>> = std::thread::scope(|scope| {
+        let read = &read;
+        let threads: Vec<_> = (0..threads)
+            .map(|seed| scope.spawn(move || read(seed)))
+            .collect();
+        std::thread::sleep(READING);
+        end.store(true, Ordering::Relaxed);
+        let joined = threads.into_iter().map(|t| t.join().expect("it reads"));
+        joined.collect()
+    });
+    Ok(counts?.iter().sum::<u64>() as f64 / began.elapsed().as_secs_f64())
+}
+
+fn mb_per_s(began: Instant) -> f64 {
+    FILE_BYTES as f64 / 1e6 / began.elapsed().as_secs_f64()
+}
+
+fn direct() -> std::fs::OpenOptions {
+    let mut options = File::options();
+    options.custom_flags(libc::O_DIRECT);
+    options
+}
+
+/// Bytes at a page boundary, as direct I/O takes them.
+struct Piece {
+    bytes: Vec<u8>,
+    from: usize,
+    len: usize,
+}
+
+impl Piece {
+    fn new(len: usize) -> Self {
+        let bytes = vec![0; len + BLOCK_BYTES];
+        let from = bytes.as_ptr().align_offset(BLOCK_BYTES);
+        Self { bytes, from, len }
+    }
+
+    fn bytes(&mut self) -> &mut [u8] {
+        &mut self.bytes[self.from..self.from + self.len]
+    }
+}

@@ -1,9 +1,9 @@
-//! Direct I/O inside: 1 MiB in sequence by `dd`, 4 KiB at random places by
-//! crates/guest/examples/baseline.rs. In a workspace (ext4 in LUKS2 behind FUSE, overlay on top),
-//! and in QEMU alone on ext4 over its LUKS driver and over a plain file. Same image, same kernel,
-//! same programs, the same empty ext4 as the workspace's, and as much CPU time as the workspace has
-//! for its VMM and its disk process together. A baseline runs with QEMU's cache modes `none` and
-//! `writeback`; the better of the two counts.
+//! Direct I/O inside, by crates/guest/examples/baseline.rs: 1 MiB in sequence, 4 KiB at random
+//! places. In a workspace (ext4 in LUKS2 behind FUSE, overlay on top), and in QEMU alone on ext4 over
+//! its LUKS driver and over a plain file. Same image, same kernel, same program, the same empty ext4
+//! as the workspace's, and as much CPU time as the workspace has for its VMM and its disk process
+//! together. A baseline runs with QEMU's cache modes `none` and `writeback`; the better of the two
+//! counts.
 //!
 //! Then QEMU alone once more, over the disk process's own code behind FUSE, with cipher and
 //! integrity and without both.
@@ -22,39 +22,22 @@ use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-/// What is measured in sequence, by its metric, its mark in what the baseline says, and `dd`'s
-/// words, as in crates/guest/examples/baseline.rs.
-const KINDS: [(&str, &str, &str); 3] = [
-    (
-        "write",
-        "w ",
-        "if=/dev/zero of=/root/file bs=1M count=256 oflag=direct",
-    ),
-    (
-        "durable_write",
-        "f ",
-        "if=/dev/zero of=/root/file bs=1M count=256 oflag=direct conv=fsync",
-    ),
-    (
-        "read",
-        "r ",
-        "if=/root/file of=/dev/null bs=1M iflag=direct",
-    ),
+/// What the program measures, and its unit. The last, eight reads at a time, is *the* reads/s.
+const METRICS: [(&str, &str); 5] = [
+    ("write", "MB/s"),
+    ("durable_write", "MB/s"),
+    ("read", "MB/s"),
+    ("iops_depth_1", "reads/s"),
+    ("iops", "reads/s"),
 ];
-/// Random reads, by metric and mark: one at a time, and eight.
-const READS: [(&str, &str); 2] = [("iops_depth_1", "1 "), ("iops", "8 ")];
 const TARGET: &str = "x86_64-unknown-linux-gnu";
-/// Where the baseline's program is in its initramfs, and in the workspace.
+/// Where the program is in the baseline's initramfs, and in the workspace.
 const INIT: &str = "/baseline";
 const PROGRAM: &str = "/root/baseline";
 const DISK_MB: u32 = 1024;
 
-/// Medians: MB/s of [`KINDS`], operations per second of [`READS`].
-#[derive(Clone, Copy, Default)]
-struct Figures {
-    mb_per_s: [f64; KINDS.len()],
-    iops: [f64; READS.len()],
-}
+/// Medians, in the order of [`METRICS`].
+type Figures = [f64; METRICS.len()];
 
 pub(super) fn run(args: &Args) -> Result<()> {
     let runtime = runtime()?;
@@ -65,13 +48,11 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let memory_mb = platform.config.host.pool_memory_mb;
     let id = runtime.block_on(create(&client, memory_mb))?;
     platform.pool_wait()?;
-    let ours = runtime.block_on(workspace(&client, &id, &baseline, args.runs))?;
+    let rounds = args.runs.div_ceil(5);
+    let ours = runtime.block_on(workspace(&client, &id, &baseline, rounds))?;
     runtime.block_on(delete(&client, &id))?;
-    for (figure, (metric, ..)) in ours.mb_per_s.iter().zip(KINDS) {
-        say("disk", &format!("{metric}_mb_per_s"), *figure, "MB/s");
-    }
-    for (figure, (metric, _)) in ours.iops.iter().zip(READS) {
-        say("disk", metric, *figure, "reads/s");
+    for (figure, (metric, unit)) in ours.iter().zip(METRICS) {
+        say("disk", &format!("workspace_{metric}"), *figure, unit);
     }
 
     let mut bare = Bare::of(&platform)?;
@@ -85,19 +66,14 @@ pub(super) fn run(args: &Args) -> Result<()> {
         for direct in ["on", "off"] {
             let words = blockdev(driver, file, direct);
             let of = measure(&mut bare, memory_mb, &words, &initramfs)?;
-            println!("# {what}, cache.direct={direct}: {}", of.words());
-            best = best.or_better(&of);
+            println!("# {what}, cache.direct={direct}: {}", words_of(&of));
+            best = std::array::from_fn(|i| best[i].max(of[i]));
         }
         println!("# baseline: {}", bare.line);
-        for (i, (kind, ..)) in KINDS.into_iter().enumerate() {
-            let metric = format!("{what}_{kind}_mb_per_s");
-            say("disk", &metric, best.mb_per_s[i], "MB/s");
-            let metric = format!("ratio_{kind}_vs_{what}");
-            say("disk", &metric, ours.mb_per_s[i] / best.mb_per_s[i], "x");
-        }
-        for (i, (kind, _)) in READS.into_iter().enumerate() {
-            let metric = format!("ratio_{kind}_vs_{what}");
-            say("disk", &metric, ours.iops[i] / best.iops[i], "x");
+        for (i, (metric, unit)) in METRICS.into_iter().enumerate() {
+            say("disk", &format!("{what}_{metric}"), best[i], unit);
+            let ratio = format!("ratio_{metric}_vs_{what}");
+            say("disk", &ratio, ours[i] / best[i], "x");
         }
     }
 
@@ -109,22 +85,16 @@ pub(super) fn run(args: &Args) -> Result<()> {
         }
         let words = blockdev("raw", &serving.at, "on");
         *of = measure(&mut bare, memory_mb, &words, &initramfs)?;
-        println!("# {kind}, behind FUSE: {}", of.words());
+        println!("# {kind}, behind FUSE: {}", words_of(of));
         serving.stop()?;
     }
     let [plain, encrypted] = served;
     let mut least = f64::INFINITY;
-    for (i, (kind, ..)) in KINDS.into_iter().enumerate() {
-        let ratio = encrypted.mb_per_s[i] / plain.mb_per_s[i];
+    for (i, (metric, _)) in METRICS.into_iter().enumerate() {
+        let ratio = encrypted[i] / plain[i];
         least = least.min(ratio);
-        let metric = format!("ratio_{kind}_encrypted_vs_plain");
-        say("disk", &metric, ratio, "x");
-    }
-    for (i, (kind, _)) in READS.into_iter().enumerate() {
-        let ratio = encrypted.iops[i] / plain.iops[i];
-        least = least.min(ratio);
-        let metric = format!("ratio_{kind}_encrypted_vs_plain");
-        say("disk", &metric, ratio, "x");
+        let name = format!("ratio_{metric}_encrypted_vs_plain");
+        say("disk", &name, ratio, "x");
     }
     // The least of those above.
     say("disk", "ratio_encrypted_vs_plain", least, "x");
@@ -132,19 +102,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
 }
 
 /// What a workspace does.
-async fn workspace(client: &Client, id: &str, program: &Path, runs: usize) -> Result<Figures> {
+async fn workspace(client: &Client, id: &str, program: &Path, rounds: usize) -> Result<Figures> {
     let token = client.runtime_token(id).await?;
-    let mut rates = [const { Vec::new() }; KINDS.len()];
-    for _ in 0..runs.div_ceil(3) {
-        for (rates, (_, _, words)) in rates.iter_mut().zip(KINDS) {
-            let words: Vec<&str> = std::iter::once("dd").chain(words.split(' ')).collect();
-            let task = exec(client, &token, &words).await?;
-            let said = task["stderr"].as_str().unwrap_or_default();
-            rates.push(rate(said.lines().last().unwrap_or_default())?);
-            // What was written is on the medium before the next begins.
-            exec(client, &token, &["sync"]).await?;
-        }
-    }
     let text = base64::engine::general_purpose::STANDARD.encode(std::fs::read(program)?);
     let encoded = format!("{PROGRAM}.base64");
     let body = serde_json::json!({ "path": encoded, "content": text });
@@ -157,12 +116,12 @@ async fn workspace(client: &Client, id: &str, program: &Path, runs: usize) -> Re
     .await?;
     let script = format!("base64 -d {encoded} > {PROGRAM} && chmod +x {PROGRAM}");
     exec(client, &token, &["sh", "-c", &script]).await?;
-    let task = exec(client, &token, &[PROGRAM, "reads", "/root/file"]).await?;
-    let said = task["stdout"].as_str().unwrap_or_default();
-    Ok(Figures {
-        mb_per_s: rates.map(median),
-        iops: READS.map(|(_, mark)| number(said, mark)),
-    })
+    let mut said = String::new();
+    for _ in 0..rounds {
+        let task = exec(client, &token, &[PROGRAM, "/root/file"]).await?;
+        said += task["stdout"].as_str().unwrap_or_default();
+    }
+    figures(&said)
 }
 
 /// Boots QEMU alone on a disk, and reads what it says.
@@ -172,38 +131,27 @@ fn measure(bare: &mut Bare, memory_mb: u32, words: &[String], initramfs: &Path) 
         initramfs,
         init: INIT,
     };
-    let said = bare.with_disk(memory_mb, &disk)?;
-    let mut of = Figures::default();
-    for (figure, (_, mark, _)) in of.mb_per_s.iter_mut().zip(KINDS) {
-        let rates: Result<Vec<f64>> = said
-            .lines()
-            .filter_map(|l| l.strip_prefix(mark))
-            .map(rate)
-            .collect();
-        let rates = rates?;
-        ensure!(!rates.is_empty(), "the baseline said {said}");
-        *figure = median(rates);
-    }
-    of.iops = READS.map(|(_, mark)| number(&said, mark));
-    ensure!(of.iops.iter().all(|n| *n > 0.0), "the baseline said {said}");
-    Ok(of)
+    figures(&bare.with_disk(memory_mb, &disk)?)
 }
 
-impl Figures {
-    fn or_better(&self, other: &Self) -> Self {
-        Self {
-            mb_per_s: std::array::from_fn(|i| self.mb_per_s[i].max(other.mb_per_s[i])),
-            iops: std::array::from_fn(|i| self.iops[i].max(other.iops[i])),
-        }
+/// The medians of what the program said.
+fn figures(said: &str) -> Result<Figures> {
+    let mut medians = Figures::default();
+    for (figure, (metric, _)) in medians.iter_mut().zip(METRICS) {
+        let values = said
+            .lines()
+            .filter_map(|line| line.strip_prefix(metric)?.strip_prefix(' ')?.parse().ok());
+        let values: Vec<f64> = values.collect();
+        ensure!(!values.is_empty(), "the baseline's program said {said}");
+        *figure = median(values);
     }
+    Ok(medians)
+}
 
-    fn words(&self) -> String {
-        let rates = KINDS.iter().zip(self.mb_per_s);
-        let reads = READS.iter().zip(self.iops);
-        let rates = rates.map(|((kind, ..), n)| format!("{kind} {n:.0} MB/s"));
-        let reads = reads.map(|((kind, _), n)| format!("{kind} {n:.0}/s"));
-        rates.chain(reads).collect::<Vec<_>>().join(", ")
-    }
+fn words_of(of: &Figures) -> String {
+    let words = METRICS.iter().zip(of);
+    let words = words.map(|((metric, unit), figure)| format!("{metric} {figure:.0} {unit}"));
+    words.collect::<Vec<_>>().join(", ")
 }
 
 /// crates/disk/examples/serve.rs at work.
@@ -256,22 +204,6 @@ impl Drop for Serving {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
-}
-
-/// The number of the line that begins with `mark`; 0 if there is none.
-fn number(said: &str, mark: &str) -> f64 {
-    let line = said.lines().find_map(|l| l.strip_prefix(mark));
-    line.and_then(|n| n.parse().ok()).unwrap_or_default()
-}
-
-/// MB/s of `268435456 bytes (268 MB, 256 MiB) copied, 0.5 s, 537 MB/s`.
-fn rate(line: &str) -> Result<f64> {
-    let parse = || -> Option<f64> {
-        let bytes: f64 = line.split(' ').next()?.parse().ok()?;
-        let seconds = line.split("copied, ").nth(1)?.split(' ').next()?;
-        Some(bytes / seconds.parse::<f64>().ok()? / 1e6)
-    };
-    parse().with_context(|| format!("dd said {line:?}"))
 }
 
 /// The baseline's program, static.
@@ -352,12 +284,16 @@ fn blockdev(driver: &str, file: &Path, direct: &str) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use super::rate;
+    use super::{METRICS, figures};
 
     #[test]
-    fn dd_says_a_rate() {
-        let line = "268435456 bytes (268 MB, 256 MiB) copied, 0.5 s, 537 MB/s";
-        assert_eq!(rate(line).unwrap().round(), 537.0);
-        assert!(rate("dd: failed to open").is_err());
+    fn a_programs_lines_become_medians() {
+        let mut said = String::from("write 1\nwrite 3\nwrite 2\n");
+        for (metric, _) in &METRICS[1..] {
+            said += &format!("{metric} 7.5\n");
+        }
+        assert_eq!(figures(&said).unwrap(), [2.0, 7.5, 7.5, 7.5, 7.5]);
+        assert!(figures("write 1\n").is_err());
+        assert!(figures("failed: no disk\n").is_err());
     }
 }
