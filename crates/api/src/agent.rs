@@ -1,7 +1,8 @@
 //! The channel between vmctl and the guest's agent: newline-delimited JSON over virtio-serial or
 //! vsock, at most [`CHANNEL_MESSAGE_MAX_BYTES`](crate::limits::CHANNEL_MESSAGE_MAX_BYTES) a message.
-//! What comes from the guest is hostile. No secret travels here: those come in the identity
-//! block of the disk.
+//! What comes from the guest is hostile. No secret of ours travels here: those come in the identity
+//! block of the disk. An archive does, in clear, between the guest and vmctl, which has a file
+//! behind a disk process.
 
 use serde::{Deserialize, Serialize};
 
@@ -27,6 +28,40 @@ pub enum FromGuest {
     },
     /// File systems are synced and unmounted; power may go.
     Down,
+    /// The next bytes of an archive's tar.
+    ArchiveData {
+        /// Which archive.
+        number: u64,
+        /// Base64 of at most [`ARCHIVE_CHUNK_BYTES`].
+        data: String,
+    },
+    /// The tar is whole, or all of it was put back.
+    ArchiveDone {
+        /// Which archive.
+        number: u64,
+        /// Files, directories and links in it.
+        entries: u64,
+        /// What could not be read, or put back.
+        skipped: u64,
+    },
+    /// The archive that is put back: say the next bytes.
+    ArchiveNext {
+        /// Which archive.
+        number: u64,
+    },
+    /// It could not be.
+    ArchiveFailed {
+        /// Which archive.
+        number: u64,
+        /// The path that is to blame, by its place in what was asked for.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        path: Option<u32>,
+        /// The workspace's disk is full.
+        #[serde(default)]
+        full: bool,
+        /// At most 256 characters.
+        message: String,
+    },
 }
 
 /// The guest is up.
@@ -71,7 +106,37 @@ pub enum ToGuest {
     },
     /// End processes, sync, unmount, say `down`.
     Shutdown,
+    /// Send a tar of these files, while the workspace runs on.
+    Archive {
+        /// What its messages are marked with.
+        number: u64,
+        /// Absolute paths in the workspace.
+        paths: Vec<String>,
+        /// Absolute paths that are left out, with all below them.
+        exclude: Vec<String>,
+    },
+    /// Put back the files of an archive, whose bytes come for each [`FromGuest::ArchiveNext`].
+    Unarchive {
+        /// What its messages are marked with.
+        number: u64,
+    },
+    /// The next bytes of that archive.
+    ArchiveData {
+        /// Which archive.
+        number: u64,
+        /// Base64 of at most [`ARCHIVE_CHUNK_BYTES`]; none: that was all.
+        data: String,
+    },
+    /// Nobody wants an archive any more.
+    ArchiveStop,
 }
+
+/// Bytes of a tar in one message: whole sectors of a disk, and as base64 with its frame less than
+/// [`CHANNEL_MESSAGE_MAX_BYTES`](crate::limits::CHANNEL_MESSAGE_MAX_BYTES).
+pub const ARCHIVE_CHUNK_BYTES: usize = 11 * 4096;
+
+const _: () =
+    assert!(ARCHIVE_CHUNK_BYTES.div_ceil(3) * 4 + 256 < crate::limits::CHANNEL_MESSAGE_MAX_BYTES);
 
 /// What the agent is told when its disk is there.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -63,9 +63,9 @@ pub enum Content {
     /// A disk, with an identity in front.
     #[default]
     Disk,
-    /// A new image of memory.
+    /// A new image of memory, or a new archive.
     Saving,
-    /// Memory to wake from: read-only.
+    /// Memory to wake from, or an archive to read: read-only.
     Saved,
 }
 

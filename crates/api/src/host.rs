@@ -102,7 +102,7 @@ pub struct Desired {
     /// Ports of the contract's `ingress_ports`.
     pub ingress_ports: Vec<u16>,
     /// Receipt of the intent whose lease allows the next act: a start, which `Running` needs when no
-    /// VM runs, a wake, a sleep or a snapshot. What the lease opens says which.
+    /// VM runs, a wake, a sleep, a snapshot or an archive. What the lease opens says which.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease: Option<serde_json::Value>,
     /// That lease in clear: what host tells warden. The KMS compares it with the receipt.
@@ -111,9 +111,39 @@ pub struct Desired {
     /// A request at its gateway may wake it.
     #[serde(default)]
     pub wakes: bool,
+    /// What a lease for an archive is to make; none: that archive is put back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub archive: Option<Archive>,
+    /// Its archives, that one included: any other is removed.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub archives: Vec<ObjectId>,
     /// Signed `mint::TokenState`; empty while key and tokens are being made: a start then waits
     /// with an attested disk.
     pub token_state: String,
+}
+
+/// An archive to make: a tar of files of a running workspace.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Archive {
+    /// Absolute paths: what it holds.
+    pub paths: Vec<String>,
+    /// Absolute paths that it leaves out.
+    pub exclude: Vec<String>,
+    /// Largest tar, MiB.
+    pub max_mb: u32,
+}
+
+/// An archive that was made or put back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Archived {
+    /// Its object.
+    pub id: ObjectId,
+    /// By which act.
+    pub start_id: StartId,
+    /// The tar.
+    pub tar: crate::vmctl::Archived,
 }
 
 /// What is so.
@@ -147,6 +177,9 @@ pub struct Actual {
     /// The snapshot that this host process took last.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshot: Option<ObjectId>,
+    /// The archive that this host process made, or put back, last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub archived: Option<Archived>,
     /// What went wrong last.
     pub error: Option<crate::Error>,
 }

@@ -70,6 +70,7 @@ pub const BACKINGS: &[Backing] = &[
         policy: None,
     },
     backing("workspace.archive", &[Purpose::Archive], None),
+    backing("workspace.archive_restore", &[Purpose::Archive], None),
 ];
 
 /// What an intent of `event` may release; none: nothing.

@@ -29,6 +29,26 @@ pub enum Op {
     /// handed over (`warden::Op::MemoryGrant`). The workspace is paused afterwards, also when it
     /// fails; [`Op::Resume`] continues it. Answer, once it is durable: [`Status`].
     MemorySave,
+    /// Has the guest write a tar of its files to the file that warden handed over
+    /// (`warden::Op::MemoryGrant`). The workspace runs on. Answer, once it is durable:
+    /// [`Archived`].
+    Archive {
+        /// Absolute paths in the workspace: what it holds. At most
+        /// [`model::limits::ARCHIVE_PATHS_MAX`], as is what follows.
+        paths: Vec<String>,
+        /// Absolute paths that it leaves out, with all below them.
+        exclude: Vec<String>,
+        /// Largest tar, bytes.
+        max_bytes: u64,
+        /// How long it may take, ms; at most 600,000.
+        wait_ms: u64,
+    },
+    /// Has the guest put back the files of the tar in that file, each in the place of the one that is
+    /// there. Answer: [`Archived`].
+    Unarchive {
+        /// How long it may take, ms; at most 600,000.
+        wait_ms: u64,
+    },
     /// Continues the memory that the VM was opened with, on the disk that warden handed over, and
     /// waits until its agent says that it is up. In the place of [`Op::Prepare`] and
     /// [`Op::Attach`]. Answer: [`crate::agent::Up`].
@@ -64,7 +84,8 @@ pub enum WardenOp {
         size_bytes: u64,
     },
     /// Keep the file whose descriptor comes with this: memory is saved to it, once
-    /// ([`Op::MemorySave`]). It can be written and not read. Answer: `true`.
+    /// ([`Op::MemorySave`]), or a tar of files is written or read ([`Op::Archive`],
+    /// [`Op::Unarchive`]). It can be written and not read, or read and not written. Answer: `true`.
     MemoryFd,
     /// Let go of that file. Answer: `true`.
     MemoryDrop,
@@ -84,6 +105,18 @@ pub enum VmState {
     Paused,
     /// The guest is gone.
     Exited,
+}
+
+/// Answer to [`Op::Archive`] and [`Op::Unarchive`]. All but the first is the guest's word.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Archived {
+    /// Bytes of the tar that were written or read.
+    pub bytes: u64,
+    /// Files, directories and links in it.
+    pub entries: u64,
+    /// What could not be read, or put back.
+    pub skipped: u64,
 }
 
 /// Answer to [`Op::Status`].

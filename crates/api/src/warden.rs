@@ -1,7 +1,7 @@
 //! Warden's socket: root, behind a closed enum of ids and numbers. No field here becomes a path
 //! or a command.
 
-use model::{HostId, Purpose, StartId, WorkspaceId};
+use model::{HostId, ObjectId, Purpose, StartId, WorkspaceId};
 use serde::{Deserialize, Serialize};
 
 /// An image's id: SHA-256 of the erofs file, hex.
@@ -92,24 +92,28 @@ pub enum Op {
         /// `kms::Released::aad`.
         aad: String,
     },
-    /// Spawns a process on the slot that serves memory of the workspace, and attests it.
-    /// Answer: [`Attested`].
+    /// Spawns a process on the slot that serves memory of the workspace, or an archive of its files,
+    /// and attests it. Answer: [`Attested`].
     MemoryOpen {
-        /// The slot; to save, it must have its disk; to wake, it must be free.
+        /// The slot; to save, and for an archive, it must have its disk; to wake, it must be free.
         slot: u16,
         /// The workspace; to save, the slot's.
         workspace: WorkspaceId,
         /// The lease's start.
         start_id: StartId,
-        /// `memory` or `snapshot_memory`.
+        /// `memory`, `snapshot_memory` or `archive`.
         purpose: Purpose,
         /// The lease's nonce, 32 bytes hex.
         nonce: String,
-        /// Save the slot's VM to a new image. Otherwise wake from the one that is there.
+        /// Make a new image. Otherwise wake from the one that is there, or read the archive.
         save: bool,
+        /// Which archive; with `archive` only.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        archive: Option<Archive>,
     },
     /// Gives that process its sealed grant. To save: a new image is made and vmctl has its file
-    /// (`vmctl::Op::MemorySave`). To wake: the image is opened, and the slot's VM is made on it
+    /// (`vmctl::Op::MemorySave`, `vmctl::Op::Archive`). To read an archive: vmctl has its file
+    /// (`vmctl::Op::Unarchive`). To wake: the image is opened, and the slot's VM is made on it
     /// as by [`Op::VmOpen`]; its disk comes next. Answer: [`Memory`].
     MemoryGrant {
         /// The slot.
@@ -119,7 +123,7 @@ pub enum Op {
         /// `kms::Released::aad`.
         aad: String,
     },
-    /// Ends a save. Answer, once it is durable: `true`.
+    /// Ends a save, or the reading of an archive. Answer, once it is durable: `true`.
     MemoryEnd {
         /// The slot.
         slot: u16,
@@ -132,6 +136,9 @@ pub enum Op {
         workspace: WorkspaceId,
         /// The object; must not be on a slot.
         purpose: Purpose,
+        /// Which archive; with `archive` only.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        id: Option<ObjectId>,
     },
     /// What of a workspace is at rest on this machine. Answer: `Vec<`[`Object`]`>`.
     Objects {
@@ -188,13 +195,23 @@ pub enum Start {
     Wake,
 }
 
+/// An archive.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Archive {
+    /// Its id.
+    pub id: ObjectId,
+    /// What it may hold, MiB; of one that is read, any.
+    pub size_mb: u32,
+}
+
 /// What becomes of saved memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum MemoryEnd {
     /// It becomes the workspace's image, and the slot is closed: from then on the workspace sleeps.
     Sleep,
-    /// It becomes the workspace's image; the VM stays as it is.
+    /// It becomes the workspace's image, or one of its archives; the VM stays as it is.
     Keep,
     /// Nothing; the VM stays as it is.
     Drop,
@@ -290,6 +307,9 @@ pub struct Memory {
 pub struct Object {
     /// What it is.
     pub purpose: Purpose,
+    /// Which archive.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<ObjectId>,
     /// What it takes up, bytes.
     pub bytes: u64,
 }

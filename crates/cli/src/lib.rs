@@ -17,6 +17,7 @@ pub mod progress;
 pub mod supervise;
 pub mod verify;
 pub mod ws;
+pub mod ws_archive;
 
 use service::config::Config;
 

@@ -104,6 +104,12 @@ pub enum Command {
         #[arg(long, default_value = "resume", value_parser = ["resume", "pause", "stop"])]
         after: String,
     },
+    /// Tars of its files, each encrypted under a key of its own.
+    Archive {
+        /// What to do.
+        #[command(subcommand)]
+        command: crate::ws_archive::Command,
+    },
     /// Back to the snapshot: what runs ends, and the disk is as it was then.
     Restore {
         /// Id or slug.
@@ -296,6 +302,7 @@ pub async fn run(client: &Client, command: Command, as_json: bool) -> anyhow::Re
         }
         Command::Sleep { workspace } => power(client, &workspace, "sleep", as_json).await?,
         Command::Wake { workspace } => power(client, &workspace, "start", as_json).await?,
+        Command::Archive { command } => crate::ws_archive::run(client, command, as_json).await?,
         Command::Snapshot { workspace, after } => {
             let answer = snapshot(client, &workspace, &after).await?;
             print(as_json, &answer, |a| {
@@ -408,7 +415,7 @@ async fn snapshot(client: &Client, ws: &str, after: &str) -> anyhow::Result<Valu
 }
 
 /// Shows that something long goes on.
-async fn slow<T>(what: &'static str, work: impl Future<Output = T>) -> T {
+pub(crate) async fn slow<T>(what: &'static str, work: impl Future<Output = T>) -> T {
     let bar = crate::progress::spinner();
     bar.set_message(what);
     let done = work.await;
@@ -633,7 +640,7 @@ fn inside(side: &str) -> Option<(&str, &str)> {
         .filter(|(ws, path)| !ws.contains('/') && path.starts_with('/'))
 }
 
-fn print(as_json: bool, value: &Value, human: impl Fn(&Value) -> String) {
+pub(crate) fn print(as_json: bool, value: &Value, human: impl Fn(&Value) -> String) {
     if as_json {
         println!("{value}");
     } else {
@@ -641,7 +648,7 @@ fn print(as_json: bool, value: &Value, human: impl Fn(&Value) -> String) {
     }
 }
 
-fn text<'a>(value: &'a Value, name: &str) -> &'a str {
+pub(crate) fn text<'a>(value: &'a Value, name: &str) -> &'a str {
     value[name].as_str().unwrap_or("-")
 }
 

@@ -21,6 +21,8 @@ pub const READY_WAIT_POLLING_MS: u64 = 5_000;
 pub const STOP_WAIT_MS: u64 = 20_000;
 /// How long a sleep or a snapshot waits for the host's word, ms.
 pub const SLEEP_WAIT_MS: u64 = 120_000;
+/// How long an archive waits for the host's word, ms: what takes longer is given up.
+pub const ARCHIVE_WAIT_MS: u64 = 120_000;
 /// Shortest time between two wakes that requests at a gateway bring about, ms: one that failed is
 /// not tried again with each request.
 pub const WAKE_RETRY_MS: u64 = 10_000;

@@ -179,6 +179,15 @@ async fn i19_each_operation_is_closed_to_others_and_each_act_leaves_entries() {
                 w.ok(1, "POST", &format!("/workspace/{id}/snapshot"), Value::Null)
                     .await,
             ),
+            "archive_get" | "archive_restore" | "archive_delete" | "archive_delete_all" => drop(
+                w.ok(
+                    1,
+                    "POST",
+                    &format!("/workspace/{id}/archives"),
+                    json!({ "version": 7 }),
+                )
+                .await,
+            ),
             "erasure_get" => drop(
                 w.ok(1, "DELETE", &format!("/workspace/{id}"), Value::Null)
                     .await,

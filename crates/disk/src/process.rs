@@ -199,11 +199,14 @@ fn open(
     key: &SecretKey,
 ) -> Result<(Object<File>, Option<String>), DiskError> {
     let grant = Grant::parse(&opened.grant)?;
-    let is_memory = matches!(grant.purpose, Purpose::Memory | Purpose::SnapshotMemory);
+    let is_image = matches!(
+        grant.purpose,
+        Purpose::Memory | Purpose::SnapshotMemory | Purpose::Archive
+    );
     let fits = match files.content {
         Content::Disk => grant.purpose == Purpose::Disk,
-        Content::Saving => is_memory && opened.format,
-        Content::Saved => is_memory && !opened.format,
+        Content::Saving => is_image && opened.format,
+        Content::Saved => is_image && !opened.format,
     };
     if !fits {
         return Err(DiskError::Grant {

@@ -10,8 +10,8 @@
 //! A restore resets every vsock connection, and another vmctl waits at the other end: what was half
 //! read is dropped, and what is sent from then on goes by the new connection. A port stays.
 //!
-//! Must never carry a secret or anything that a workspace's process printed, nor listen: whatever
-//! else runs in the guest could connect.
+//! Must never carry a secret of ours or anything that a workspace's process printed (an archive that
+//! was asked for goes over it), nor listen: whatever else runs in the guest could connect.
 
 use std::fs::File;
 use std::io::{self, Read, Write};

@@ -23,6 +23,7 @@ use seal::tls::rustls::ServerConfig;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 
+use crate::archive::{Archives, Wanted};
 use crate::attach::{self, AttachError, Device, TOKEN_STATE, Workspace, memory_bytes};
 use crate::auth::StateError;
 use crate::boot::{self, BootError, step};
@@ -124,6 +125,12 @@ fn blank(sender: &Sender, mut receiver: Receiver) {
             ToGuest::Wake(_) => {
                 sender.send_failed("not_attached", "nothing sleeps in this machine")
             }
+            ToGuest::Archive { .. }
+            | ToGuest::Unarchive { .. }
+            | ToGuest::ArchiveData { .. }
+            | ToGuest::ArchiveStop => {
+                sender.send_failed("not_attached", "there is no workspace in this machine");
+            }
             ToGuest::Shutdown => down(sender),
         }
     }
@@ -156,7 +163,8 @@ fn up(workspace: Workspace, sender: &Sender, receiver: Receiver) -> Result<(), B
         run_once(&launcher, &cmd);
         let tasks = Tasks::new(launcher);
         let state = Some(TOKEN_STATE.into());
-        let service = Service::new(auth, tasks, files, memory_bytes(), state);
+        let archives = Archives::default();
+        let service = Service::new(auth, tasks, Arc::clone(&files), memory_bytes(), state);
         // A wake makes another key.
         let (tls, tls_now) = watch::channel(tls);
         tokio::spawn(serve_edge(edge, tls_now, Arc::clone(&service)));
@@ -175,6 +183,23 @@ fn up(workspace: Workspace, sender: &Sender, receiver: Receiver) -> Result<(), B
                         Ok(()) => tell(sender, &up_now(Vec::new())),
                         Err(error) => sender.send_failed(error.code(), &error.to_string()),
                     },
+                    ToGuest::Archive {
+                        number,
+                        paths,
+                        exclude,
+                    } => {
+                        let wanted = Wanted {
+                            number,
+                            paths,
+                            exclude,
+                        };
+                        archives.begin(wanted, Arc::clone(&files), sender.clone());
+                    }
+                    ToGuest::Unarchive { number } => {
+                        archives.put_back(number, Arc::clone(&files), sender.clone());
+                    }
+                    ToGuest::ArchiveData { number, data } => archives.piece(number, &data),
+                    ToGuest::ArchiveStop => archives.stop(),
                     ToGuest::Shutdown => break,
                     ToGuest::Attach(_) | ToGuest::Rehearse => {
                         sender.send_failed("already_attached", "a machine is one workspace, once");
@@ -185,6 +210,7 @@ fn up(workspace: Workspace, sender: &Sender, receiver: Receiver) -> Result<(), B
                 }
             }
         }
+        archives.stop();
         Ok(())
     });
     if served.is_ok() {

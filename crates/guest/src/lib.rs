@@ -8,6 +8,7 @@
 //! take a request without a valid token (ACC-3).
 #![allow(unsafe_code)] // ioctls, setns and the first moments of PID 1; each block says why.
 
+pub mod archive;
 pub mod attach;
 pub mod auth;
 pub mod boot;
@@ -22,8 +23,11 @@ pub mod launch;
 pub mod limits;
 pub mod net;
 pub mod power;
+pub mod put_back;
 pub mod reap;
 pub mod rehearse;
 pub mod rootfs;
 pub mod standin;
 mod sys;
+pub mod tar;
+pub mod untar;

@@ -63,6 +63,10 @@ pub const READ_MAX_BYTES: u64 = 16 << 20;
 /// Deepest tree that delete removes.
 pub const DELETE_DEPTH_MAX: usize = 512;
 
+/// Deepest tree in an archive: each level holds a descriptor.
+pub const ARCHIVE_DEPTH_MAX: usize = 256;
+/// How long the next piece of an archive that is put back may take.
+pub const ARCHIVE_PIECE_WAIT: Duration = Duration::from_secs(60);
 /// How long a device or port may take to appear at boot.
 pub const DEVICE_WAIT: Duration = Duration::from_secs(10);
 /// Longest pause between two attempts to connect to vmctl again.

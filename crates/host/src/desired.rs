@@ -73,6 +73,7 @@ impl Store {
             desired: Desired {
                 lease: None,
                 start: None,
+                archive: None,
                 ..desired.clone()
             },
         };
@@ -129,6 +130,8 @@ pub(crate) mod tests {
             public_access: false,
             ingress_ports: vec![],
             wakes: false,
+            archive: None,
+            archives: Vec::new(),
             lease: Some(serde_json::json!({"secretish": 1})),
             start: None,
             token_state: "v1.x".into(),

@@ -166,6 +166,7 @@ mod tests {
             wakes: false,
             wanted: false,
             snapshot: None,
+            archived: None,
             error: None,
         }
     }

@@ -47,6 +47,9 @@ pub const SHUTDOWN_GRACE_MS: u64 = 5_000;
 /// How long the guest's agent may take to come up, ms.
 pub const ATTACH_WAIT_MS: u64 = 60_000;
 
+/// How long the guest may take to write an archive, ms. Control gives up before.
+pub const ARCHIVE_WAIT_MS: u64 = 300_000;
+
 /// Longest wait for warden to open or close a slot.
 pub const SLOT_CALL_MAX: Duration = Duration::from_secs(30);
 /// Longest wait for a restore or a cold boot.
@@ -58,11 +61,14 @@ pub const GRANT_CALL_MAX: Duration = Duration::from_secs(60);
 /// Longest wait for memory to be saved, or for a disk to be copied: at most
 /// [`model::limits::MEMORY_MB`] of one and [`model::limits::DISK_MB`] of the other.
 pub const SAVE_CALL_MAX: Duration = Duration::from_secs(1_800);
+/// Longest wait for an archive: what the guest is granted, and its sync.
+pub const ARCHIVE_CALL_MAX: Duration = Duration::from_secs(330);
 /// Longest wait for a shutdown beyond its grace.
 pub const SHUTDOWN_CALL_MAX: Duration = Duration::from_secs(20);
 /// Longest wait for the agent beyond what it is granted.
 pub const ATTACH_CALL_MAX: Duration = Duration::from_secs(65);
 
 const _: () = assert!(SHUTDOWN_CALL_MAX.as_millis() > SHUTDOWN_GRACE_MS as u128);
+const _: () = assert!(ARCHIVE_CALL_MAX.as_millis() > ARCHIVE_WAIT_MS as u128);
 const _: () = assert!(ATTACH_CALL_MAX.as_millis() > ATTACH_WAIT_MS as u128);
 const _: () = assert!(ATTACH_WAIT_MS <= 120_000 && SHUTDOWN_GRACE_MS <= 60_000);

@@ -11,11 +11,13 @@
 //!                                                                                                   │ save
 //!  of a paused VM, its disk first where it is a snapshot:                                           ▼
 //!   copy_open ─▶ CopyAttested ─▶ CopyKeyed ─▶ memory_open ─▶ Attested ─▶ Keyed ─▶ Ready ─▶ Written ─▶ save_end
+//!  of a running one, an archive made or put back: memory_open ─▶ Attested ─▶ Keyed ─▶ Ready ─▶ Written ─▶ save_end
 //! ```
 //!
 //! - A start needs a lease that was not used yet; without one the workspace rests where it is,
 //!   and control, which sees it, asks for a lease under the owner's request or standing policy.
-//! - What a lease opens says what it is for: a start, a wake (or restore), a sleep, a snapshot.
+//! - What a lease opens says what it is for: a start, a wake (or restore), a sleep, a snapshot,
+//!   an archive.
 //! - A wish without a token state is of a workspace whose key and tokens are being made: its start
 //!   goes on to an attested disk, beside that, and waits there.
 //! - A VM whose start failed at any step is closed and never used again: it may hold an identity.
@@ -23,6 +25,7 @@
 //! - A stop asks the guest (`shutdown`); a delete does not: its key is gone anyway.
 //! - A sleep or snapshot that fails leaves the workspace as it was: what was begun is dropped, and
 //!   the guest goes on. A wake that fails before its disk is granted leaves it asleep.
+//! - Archives that are not wanted are removed before the workspace rests.
 //! - Saved memory beside a start from the disk is stale: it is removed before that start.
 //! - After a kill of host, whatever is between `Absent` and `Running` is found as `Down`, and what
 //!   was being saved is dropped: answers that were in flight are lost, and leases are never written
@@ -70,6 +73,10 @@ pub enum Act {
     Sleep,
     /// Memory and disk, copied.
     Snapshot,
+    /// A tar of its files, while it runs on.
+    Archive,
+    /// The files of such a tar, put back.
+    Unarchive,
 }
 
 /// How far a save is.
@@ -81,13 +88,13 @@ pub enum Stage {
     CopyKeyed,
     /// The copy is there.
     Copied,
-    /// The process for memory is attested.
+    /// The process for memory, or for an archive, is attested.
     Attested,
     /// Its key is in hand.
     Keyed,
     /// vmctl has the file.
     Ready,
-    /// Memory is in it.
+    /// Memory, or the archive, is in it; or it is put back.
     Written,
 }
 
@@ -112,6 +119,8 @@ pub struct Facts {
     pub refused: bool,
     /// It could not be saved for this generation.
     pub unsaved: bool,
+    /// No archive is here but those that are wanted.
+    pub archives_current: bool,
 }
 
 /// The next thing to do. Each may be done twice.
@@ -145,6 +154,8 @@ pub enum Step {
     SaveDrop,
     /// Saved memory is removed.
     Forget,
+    /// Archives that are not wanted are removed.
+    ArchivesSweep,
     /// Ask the guest to end.
     Shutdown,
     /// End everything on the slot.
@@ -192,7 +203,16 @@ fn absent(power: Power, facts: &Facts) -> Step {
         (Power::Running | Power::Paused, Some(Act::Wake)) => Step::MemoryOpen,
         (Power::Running | Power::Paused, Some(Act::Start)) if facts.memory => Step::Forget,
         (Power::Running | Power::Paused, Some(Act::Start)) => Step::Claim,
-        _ => Step::Rest,
+        _ => rest(facts),
+    }
+}
+
+/// Nothing, once what is not wanted is gone.
+fn rest(facts: &Facts) -> Step {
+    if facts.archives_current {
+        Step::Rest
+    } else {
+        Step::ArchivesSweep
     }
 }
 
@@ -200,8 +220,12 @@ fn absent(power: Power, facts: &Facts) -> Step {
 fn up(power: Power, facts: &Facts) -> Step {
     let paused = facts.vm == Vm::Paused;
     if let Some((act, stage)) = facts.saving {
-        let called_off = act == Act::Sleep && power != Power::Asleep;
-        if called_off || facts.unsaved || !paused {
+        let called_off = match act {
+            Act::Sleep => power != Power::Asleep || !paused,
+            Act::Archive | Act::Unarchive => power != Power::Running || paused,
+            _ => !paused,
+        };
+        if called_off || facts.unsaved {
             return Step::SaveDrop;
         }
         return Step::Save(act, Some(stage));
@@ -213,9 +237,12 @@ fn up(power: Power, facts: &Facts) -> Step {
     let saves = match (power, act) {
         (Power::Asleep, Some(Act::Sleep)) => act,
         (Power::Running | Power::Paused | Power::Stopped, Some(Act::Snapshot)) => act,
+        (Power::Running, Some(Act::Archive | Act::Unarchive)) => act,
         _ => None,
     };
     match (power, saves) {
+        (_, Some(Act::Archive | Act::Unarchive)) if paused => Step::Resume,
+        (_, Some(act @ (Act::Archive | Act::Unarchive))) => Step::Save(act, None),
         (_, Some(act)) if paused => Step::Save(act, None),
         (_, Some(_)) => Step::Pause,
         // A stopped CPU can't say goodbye.
@@ -224,7 +251,7 @@ fn up(power: Power, facts: &Facts) -> Step {
         (Power::Stopped, None) => Step::Shutdown,
         (Power::Running | Power::Asleep, None) if paused && !facts.refused => Step::Resume,
         (Power::Paused, None) if !paused && !facts.refused => Step::Pause,
-        _ => Step::Rest,
+        _ => rest(facts),
     }
 }
 
@@ -255,7 +282,14 @@ mod tests {
         Stage::Ready,
         Stage::Written,
     ];
-    const ACTS: [Act; 4] = [Act::Start, Act::Wake, Act::Sleep, Act::Snapshot];
+    const ACTS: [Act; 6] = [
+        Act::Start,
+        Act::Wake,
+        Act::Sleep,
+        Act::Snapshot,
+        Act::Archive,
+        Act::Unarchive,
+    ];
     const POWERS: [Power; 5] = [
         Power::Running,
         Power::Paused,
@@ -300,6 +334,7 @@ mod tests {
             }
             Step::SaveDrop => f.saving = None,
             Step::Forget => f.memory = false,
+            Step::ArchivesSweep => f.archives_current = true,
             Step::Shutdown => (f.vm, f.saving) = (Vm::Down, None),
             Step::Close => (f.vm, f.saving) = (Vm::Absent, None),
             Step::Erase => (f.erased, f.memory) = (true, false),
@@ -316,7 +351,7 @@ mod tests {
             Step::NetSet if matches!(f.vm, Vm::Running | Vm::Paused) => {}
             Step::Save(..) => (f.unsaved, f.lease) = (true, None),
             Step::SaveDrop => f.saving = None,
-            Step::Close | Step::Forget => {}
+            Step::Close | Step::Forget | Step::ArchivesSweep => {}
             _ => (f.vm, f.lease) = (Vm::Down, None),
         }
         f
@@ -326,23 +361,26 @@ mod tests {
         let b = any::<bool>;
         let saving = proptest::option::of((2..ACTS.len(), 0..STAGES.len()));
         let lease = proptest::option::of(0..ACTS.len());
-        let bits = (b(), b(), b(), b(), b(), b());
-        (0..VMS.len(), saving, lease, bits).prop_map(|(vm, saving, lease, (n, p, e, m, r, u))| {
-            let vm = VMS[vm];
-            let up = matches!(vm, Vm::Running | Vm::Paused);
-            Facts {
-                vm,
-                saving: saving.map(|(a, s)| (ACTS[a], STAGES[s])).filter(|_| up),
-                net_current: n,
-                lease: lease.map(|a| ACTS[a]),
-                provisioned: p,
-                erased: e,
-                // A guest that is up has used its memory up.
-                memory: m && !up,
-                refused: r,
-                unsaved: u,
-            }
-        })
+        let bits = (b(), b(), b(), b(), b(), b(), b());
+        (0..VMS.len(), saving, lease, bits).prop_map(
+            |(vm, saving, lease, (n, p, e, m, r, u, a))| {
+                let vm = VMS[vm];
+                let up = matches!(vm, Vm::Running | Vm::Paused);
+                Facts {
+                    vm,
+                    saving: saving.map(|(a, s)| (ACTS[a], STAGES[s])).filter(|_| up),
+                    net_current: n,
+                    lease: lease.map(|a| ACTS[a]),
+                    provisioned: p,
+                    erased: e,
+                    // A guest that is up has used its memory up.
+                    memory: m && !up,
+                    refused: r,
+                    unsaved: u,
+                    archives_current: a,
+                }
+            },
+        )
     }
 
     fn fresh(lease: Act) -> Facts {
@@ -356,6 +394,7 @@ mod tests {
             memory: false,
             refused: false,
             unsaved: false,
+            archives_current: true,
         }
     }
 
@@ -467,6 +506,41 @@ mod tests {
         assert_eq!(settle(Power::Paused, up).0.vm, Vm::Paused);
     }
 
+    #[test]
+    fn an_archive_is_made_of_a_guest_that_runs_and_goes_on() {
+        let up = Facts {
+            vm: Vm::Running,
+            ..fresh(Act::Archive)
+        };
+        let save = |stage| Step::Save(Act::Archive, stage);
+        let taken = [
+            save(None),
+            save(Some(Stage::Attested)),
+            save(Some(Stage::Keyed)),
+            save(Some(Stage::Ready)),
+            save(Some(Stage::Written)),
+        ];
+        assert_eq!(settle(Power::Running, up).1, taken);
+        // What is stopped or paused meanwhile has none.
+        let writes = Facts {
+            saving: Some((Act::Archive, Stage::Ready)),
+            ..up
+        };
+        for power in [Power::Stopped, Power::Paused, Power::Asleep] {
+            let (end, taken) = settle(
+                power,
+                Facts {
+                    lease: None,
+                    ..writes
+                },
+            );
+            assert_eq!(taken[0], Step::SaveDrop, "{power:?}");
+            assert_eq!(end.saving, None);
+            let saves = |s: &&Step| matches!(s, Step::Save(..));
+            assert_eq!(settle(power, up).1.iter().filter(saves).count(), 0);
+        }
+    }
+
     proptest! {
         #[test]
         fn every_wish_comes_to_rest(f in facts(), p in 0..POWERS.len()) {
@@ -488,6 +562,8 @@ mod tests {
             if is_up {
                 prop_assert!(end.net_current && end.saving.is_none());
             }
+            let deleted = power == Power::Deleted;
+            prop_assert!(end.archives_current || deleted || end.vm == Vm::Attested);
             let at = |s| taken.iter().position(|t| *t == s);
             if let Some(attach) = at(Step::Attach) {
                 let own = taken.contains(&Step::Claim) || taken.contains(&Step::MemoryGrant);
@@ -536,10 +612,10 @@ mod tests {
         /// A save that fails anywhere leaves a guest that goes on.
         #[test]
         fn a_failed_save_leaves_a_running_guest(
-            snapshot: bool, at in 0_usize..8,
+            n in 2..ACTS.len(), at in 0_usize..8,
         ) {
-            let act = if snapshot { Act::Snapshot } else { Act::Sleep };
-            let power = if snapshot { Power::Running } else { Power::Asleep };
+            let act = ACTS[n];
+            let power = if act == Act::Sleep { Power::Asleep } else { Power::Running };
             let mut f = Facts { vm: Vm::Running, ..fresh(act) };
             for _ in 0..=at {
                 f = done(next(power, &f), f);
@@ -555,7 +631,8 @@ mod tests {
         #[test]
         fn nothing_starts_without_a_lease(f in facts(), p in 0..POWERS.len()) {
             let f = Facts { lease: None, vm: Vm::Absent, ..f };
-            prop_assert!(matches!(next(POWERS[p], &f), Step::Rest | Step::Erase | Step::Forget));
+            let still = [Step::Rest, Step::Erase, Step::Forget, Step::ArchivesSweep];
+            prop_assert!(still.contains(&next(POWERS[p], &f)));
         }
 
         #[test]

@@ -3,8 +3,9 @@
 //! Must never carry a path, a command or a key: ids and numbers, and ciphertext it can't open.
 
 use crate::limits::{
-    ANCHOR_CALL_MAX, ATTACH_CALL_MAX, ATTACH_WAIT_MS, GRANT_CALL_MAX, PREPARE_CALL_MAX,
-    SAVE_CALL_MAX, SHUTDOWN_CALL_MAX, SHUTDOWN_GRACE_MS, SLOT_CALL_MAX, TEMPLATE_CALL_MAX,
+    ANCHOR_CALL_MAX, ARCHIVE_CALL_MAX, ARCHIVE_WAIT_MS, ATTACH_CALL_MAX, ATTACH_WAIT_MS,
+    GRANT_CALL_MAX, PREPARE_CALL_MAX, SAVE_CALL_MAX, SHUTDOWN_CALL_MAX, SHUTDOWN_GRACE_MS,
+    SLOT_CALL_MAX, TEMPLATE_CALL_MAX,
 };
 use api::agent::{Attach, Up, Wake};
 use api::audit::Lease;
@@ -13,7 +14,7 @@ use api::host::Desired;
 use api::kms::AnchorStatement;
 use api::rpc::Client;
 use api::{kms, vmctl, warden};
-use model::{Purpose, WorkspaceId};
+use model::{ObjectId, Purpose, WorkspaceId};
 use service::paths::Paths;
 use std::path::PathBuf;
 
@@ -166,6 +167,7 @@ impl Peers {
         lease: &Lease,
         purpose: Purpose,
         save: bool,
+        archive: Option<warden::Archive>,
     ) -> api::Result<warden::Attested> {
         let op = warden::Op::MemoryOpen {
             slot,
@@ -174,6 +176,7 @@ impl Peers {
             purpose,
             nonce: lease.nonce.clone(),
             save,
+            archive,
         };
         self.warden
             .call_within(lease.start_id.as_str(), &op, GRANT_CALL_MAX)
@@ -206,10 +209,12 @@ impl Peers {
         &self,
         workspace: &WorkspaceId,
         purpose: Purpose,
+        id: Option<ObjectId>,
     ) -> api::Result<bool> {
         let op = warden::Op::ObjectErase {
             workspace: workspace.clone(),
             purpose,
+            id,
         };
         self.warden
             .call_within("internal:host", &op, SLOT_CALL_MAX)
@@ -314,6 +319,26 @@ impl Peers {
     pub(crate) async fn vm_memory_save(&self, slot: u16) -> api::Result<vmctl::Status> {
         self.vm(slot)
             .call_within("internal:host", &vmctl::Op::MemorySave, SAVE_CALL_MAX)
+            .await
+    }
+
+    pub(crate) async fn vm_archive(
+        &self,
+        slot: u16,
+        archive: Option<&api::host::Archive>,
+    ) -> api::Result<vmctl::Archived> {
+        let wait_ms = ARCHIVE_WAIT_MS;
+        let op = match archive {
+            Some(archive) => vmctl::Op::Archive {
+                paths: archive.paths.clone(),
+                exclude: archive.exclude.clone(),
+                max_bytes: u64::from(archive.max_mb) << 20,
+                wait_ms,
+            },
+            None => vmctl::Op::Unarchive { wait_ms },
+        };
+        self.vm(slot)
+            .call_within("internal:host", &op, ARCHIVE_CALL_MAX)
             .await
     }
 

@@ -1,4 +1,5 @@
-//! The steps by which a workspace falls asleep, is kept as a snapshot, and comes up from either.
+//! The steps by which a workspace falls asleep, is kept as a snapshot, and comes up from either; and by
+//! which its files become an archive.
 //!
 //! What is saved is ciphertext before it leaves the process that serves it; host names objects and
 //! carries sealed grants. A save holds its lease from its first step on, so that a newer wish can't
@@ -8,11 +9,11 @@ use crate::fleet::Spare;
 use crate::machine::{Act, Stage, Vm};
 use crate::workspace::{Shared, Workspace, lost, no_lease};
 use api::audit::{Lease, Object};
-use api::host::Desired;
+use api::host::{Archived, Desired};
 use api::kms::Released;
-use api::warden::{MemoryEnd, VmOpened};
+use api::warden::{Archive, MemoryEnd, VmOpened};
 use api::{Error, ErrorCode};
-use model::{Purpose, WorkspaceId};
+use model::{ObjectId, Purpose, WorkspaceId};
 use std::sync::Arc;
 
 /// A save under way.
@@ -23,6 +24,8 @@ pub(crate) struct Saving {
     receipt: serde_json::Value,
     attestation: String,
     released: Option<Released>,
+    /// Of an archive, once it is written.
+    tar: Option<api::vmctl::Archived>,
 }
 
 /// A VM that comes up from saved memory.
@@ -33,11 +36,13 @@ pub(crate) struct Waking {
     purpose: Purpose,
 }
 
-/// What a lease is for, by what it opens.
-pub(crate) fn act_of(lease: &Lease) -> Act {
+/// What a lease is for, by what it opens and what is wanted.
+pub(crate) fn act_of(lease: &Lease, desired: &Desired) -> Act {
     match lease.purpose {
         Purpose::Memory => Act::Sleep,
         Purpose::SnapshotDisk => Act::Snapshot,
+        Purpose::Archive if desired.archive.is_some() => Act::Archive,
+        Purpose::Archive => Act::Unarchive,
         _ if memory_of(lease).is_some() => Act::Wake,
         _ => Act::Start,
     }
@@ -77,6 +82,12 @@ impl Workspace {
         let Some(stage) = stage else {
             return self.save_begin(act, slot, desired).await;
         };
+        if stage == Stage::Ready && matches!(act, Act::Archive | Act::Unarchive) {
+            let tar = self.archive_move(slot, desired).await?;
+            let saving = self.saving.as_mut().ok_or_else(lost)?;
+            (saving.tar, saving.stage) = (Some(tar), Stage::Written);
+            return Ok(());
+        }
         let saving = self.saving.as_mut().ok_or_else(lost)?;
         let memory = match act {
             Act::Snapshot => Purpose::SnapshotMemory,
@@ -100,7 +111,9 @@ impl Workspace {
                 Stage::Copied
             }
             Stage::Copied => {
-                let opened = peers.memory_open(slot, &saving.lease, memory, true).await?;
+                let opened = peers
+                    .memory_open(slot, &saving.lease, memory, true, None)
+                    .await?;
                 saving.attestation = opened.attestation;
                 Stage::Attested
             }
@@ -131,8 +144,18 @@ impl Workspace {
         let peers = &self.shared.peers;
         let (stage, opened) = match act {
             Act::Snapshot => (Stage::CopyAttested, peers.copy_open(slot, &lease).await?),
+            Act::Archive | Act::Unarchive => {
+                let id = lease.object.clone().ok_or_else(no_lease)?;
+                // The volume's first MiB is its note.
+                let size_mb = desired.archive.as_ref().map_or(0, |a| a.max_mb) + 1;
+                let size_mb = size_mb.min(*model::limits::DISK_MB.end());
+                let archive = Some(Archive { id, size_mb });
+                let makes = act == Act::Archive;
+                let opened = peers.memory_open(slot, &lease, Purpose::Archive, makes, archive);
+                (Stage::Attested, opened.await?)
+            }
             _ => {
-                let opened = peers.memory_open(slot, &lease, Purpose::Memory, true);
+                let opened = peers.memory_open(slot, &lease, Purpose::Memory, true, None);
                 (Stage::Attested, opened.await?)
             }
         };
@@ -143,11 +166,50 @@ impl Workspace {
             receipt,
             attestation: opened.attestation,
             released: None,
+            tar: None,
         });
         Ok(())
     }
 
+    /// Waits for the guest to write the archive, or to put it back. A newer wish ends it, whatever that
+    /// is about: what closes something can't wait for a tar.
+    async fn archive_move(
+        &mut self,
+        slot: u16,
+        desired: &Desired,
+    ) -> api::Result<api::vmctl::Archived> {
+        let shared = Arc::clone(&self.shared);
+        let mut wish = self.desired.clone();
+        let written = shared.peers.vm_archive(slot, desired.archive.as_ref());
+        let newer = wish.wait_for(|d| d.generation != desired.generation);
+        tokio::pin!(written, newer);
+        loop {
+            let anchor = self.anchor_due();
+            tokio::select! {
+                written = &mut written => return written,
+                _ = &mut newer => {
+                    let why = "the workspace was changed while its files were being archived or put back; try again";
+                    return Err(Error::new(ErrorCode::Conflict, why));
+                }
+                () = anchor => self.anchor_carry(),
+            }
+        }
+    }
+
     async fn save_end(&mut self, act: Act, slot: u16) -> api::Result<()> {
+        if matches!(act, Act::Archive | Act::Unarchive) {
+            let end = match act {
+                Act::Archive => MemoryEnd::Keep,
+                _ => MemoryEnd::Drop,
+            };
+            self.shared.peers.memory_end(slot, end).await?;
+            let done = self.saving.take();
+            self.archived = done.and_then(|s| {
+                let (id, start_id, tar) = (s.lease.object?, s.lease.start_id, s.tar?);
+                Some(Archived { id, start_id, tar })
+            });
+            return Ok(());
+        }
         if act == Act::Snapshot {
             self.shared.peers.memory_end(slot, MemoryEnd::Keep).await?;
             self.snapshot = self.saving.take().and_then(|s| s.lease.object);
@@ -164,6 +226,11 @@ impl Workspace {
         self.saving = None;
         let slot = self.slot()?;
         let dropped = self.shared.peers.memory_end(slot, MemoryEnd::Drop).await;
+        // A conflict: there is nothing.
+        let dropped = dropped.or_else(|e| match e.code {
+            ErrorCode::Conflict => Ok(true),
+            _ => Err(e),
+        });
         if let Err(e) = &dropped {
             tracing::warn!(workspace = %self.id, error = %e, detail = e.detail, "drop a save");
         }
@@ -179,7 +246,11 @@ impl Workspace {
         (self.crashed, self.error) = (false, None);
         let shared = Arc::clone(&self.shared);
         let slot = shared.fleet.slot_for_memory()?;
-        let opened = match shared.peers.memory_open(slot, &lease, purpose, false).await {
+        let opened = match shared
+            .peers
+            .memory_open(slot, &lease, purpose, false, None)
+            .await
+        {
             Ok(opened) => opened,
             Err(e) => {
                 shared.fleet.close_some_time(slot).await;
@@ -263,6 +334,27 @@ impl Workspace {
     }
 }
 
+/// Removes the archives of a workspace that are none of these. Idempotent.
+pub(crate) async fn archives_sweep(
+    shared: &Shared,
+    workspace: &WorkspaceId,
+    wanted: &[ObjectId],
+) -> api::Result<()> {
+    let all = match shared.peers.objects(workspace).await {
+        Err(e) if e.code == ErrorCode::NotSupported => return Ok(()),
+        all => all?,
+    };
+    for object in all.into_iter().filter(|o| o.purpose == Purpose::Archive) {
+        if object.id.as_ref().is_none_or(|id| !wanted.contains(id)) {
+            shared
+                .peers
+                .object_erase(workspace, object.purpose, object.id)
+                .await?;
+        }
+    }
+    Ok(())
+}
+
 /// Removes everything beside a workspace's disk. Idempotent.
 pub(crate) async fn erase(shared: &Shared, workspace: &WorkspaceId) -> api::Result<()> {
     let all = match shared.peers.objects(workspace).await {
@@ -270,7 +362,10 @@ pub(crate) async fn erase(shared: &Shared, workspace: &WorkspaceId) -> api::Resu
         all => all?,
     };
     for object in all.into_iter().filter(|o| o.purpose != Purpose::Disk) {
-        shared.peers.object_erase(workspace, object.purpose).await?;
+        shared
+            .peers
+            .object_erase(workspace, object.purpose, object.id)
+            .await?;
     }
     Ok(())
 }

@@ -14,7 +14,7 @@ use crate::peers::Peers;
 use crate::save::{self, Saving, Waking};
 use api::agent::{Attach, Wake};
 use api::audit::Lease;
-use api::host::{Actual, ActualState, Desired};
+use api::host::{Actual, ActualState, Archived, Desired};
 use api::warden::{NetRates, Open, Source};
 use api::{Error, ErrorCode};
 use model::limits::PORT_AGENT_TLS;
@@ -96,7 +96,7 @@ pub enum Found {
 pub struct Workspace {
     pub(crate) id: WorkspaceId,
     pub(crate) shared: Arc<Shared>,
-    desired: watch::Receiver<Arc<Desired>>,
+    pub(crate) desired: watch::Receiver<Arc<Desired>>,
     gone: watch::Receiver<Option<Gone>>,
     place: Arc<Mutex<Option<Place>>>,
     pub(crate) vm: Vm,
@@ -126,6 +126,10 @@ pub struct Workspace {
     looked: bool,
     /// The last snapshot.
     pub(crate) snapshot: Option<ObjectId>,
+    /// The last archive.
+    pub(crate) archived: Option<Archived>,
+    /// The wanted archives beside which there is none.
+    swept: Option<Vec<ObjectId>>,
     erased: bool,
     pub(crate) crashed: bool,
     pub(crate) error: Option<Error>,
@@ -164,6 +168,8 @@ impl Workspace {
             memory: false,
             looked: false,
             snapshot: None,
+            archived: None,
+            swept: None,
             erased: false,
             crashed: false,
             error: None,
@@ -225,7 +231,7 @@ impl Workspace {
             }
         }
         // The host process before this one may have been at a save.
-        self.vm != Vm::Paused || self.save_drop().await.is_ok()
+        !matches!(self.vm, Vm::Running | Vm::Paused) || self.save_drop().await.is_ok()
     }
 
     fn adopt(&mut self, found: Found) {
@@ -233,6 +239,7 @@ impl Workspace {
             Found::New => {
                 // A first start has nothing here to look for.
                 self.looked = self.desired.borrow().start.is_some();
+                self.swept = self.looked.then(Vec::new);
                 return;
             }
             Found::Nothing => {}
@@ -268,12 +275,15 @@ impl Workspace {
             vm: self.vm,
             saving: self.saving.as_ref().map(|s| (s.act, s.stage)),
             net_current: self.net.as_ref() == Some(&rules(desired)),
-            lease: self.lease(desired).map(|(lease, _)| save::act_of(lease)),
+            lease: self
+                .lease(desired)
+                .map(|(lease, _)| save::act_of(lease, desired)),
             provisioned: !desired.token_state.is_empty(),
             erased: self.erased,
             memory: self.memory,
             refused: self.refused == Some(desired.generation),
             unsaved: self.unsaved == Some(desired.generation),
+            archives_current: self.swept.as_ref() == Some(&desired.archives),
         }
     }
 
@@ -301,13 +311,7 @@ impl Workspace {
 
     /// Waits for a new wish or for the VM to go away; `false` when nobody is left to wish.
     async fn rest(&mut self) -> bool {
-        let due = self.anchor_at.map(tokio::time::Instant::from_std);
-        let anchor_due = async {
-            match due {
-                Some(at) => tokio::time::sleep_until(at).await,
-                None => std::future::pending().await,
-            }
-        };
+        let anchor_due = self.anchor_due();
         tokio::select! {
             () = anchor_due => {
                 self.anchor_carry();
@@ -396,8 +400,12 @@ impl Workspace {
             Step::Save(act, stage) => self.save(act, stage, desired).await?,
             Step::SaveDrop => self.save_drop().await?,
             Step::Forget => {
-                peers.object_erase(&self.id, Purpose::Memory).await?;
+                peers.object_erase(&self.id, Purpose::Memory, None).await?;
                 self.memory = false;
+            }
+            Step::ArchivesSweep => {
+                save::archives_sweep(&shared, &self.id, &desired.archives).await?;
+                self.swept = Some(desired.archives.clone());
             }
             Step::Shutdown => {
                 // Whatever comes of it, the VM is closed next.
@@ -450,8 +458,19 @@ impl Workspace {
         Ok(())
     }
 
+    /// Ends when the running disk is to be asked how far it has got.
+    pub(crate) fn anchor_due(&self) -> impl Future<Output = ()> + use<> {
+        let due = self.anchor_at.map(tokio::time::Instant::from_std);
+        async move {
+            match due {
+                Some(at) => tokio::time::sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        }
+    }
+
     /// Asks the running disk how far it has got, and tells the KMS, beside everything else.
-    fn anchor_carry(&mut self) {
+    pub(crate) fn anchor_carry(&mut self) {
         self.anchor_at = Some(Instant::now() + ANCHOR_EVERY);
         let Some(slot) = self.spare.as_ref().map(|s| s.slot) else {
             self.anchor_at = None;
@@ -560,7 +579,9 @@ impl Workspace {
                 self.refused = Some(desired.generation);
                 self.error = Some(e);
             }
-            Step::Close | Step::Erase | Step::Forget => return self.pause().await,
+            Step::Close | Step::Erase | Step::Forget | Step::ArchivesSweep => {
+                return self.pause().await;
+            }
             // What was begun is dropped next, and the guest goes on.
             Step::Save(..) => {
                 self.unsaved = Some(desired.generation);
@@ -592,12 +613,13 @@ impl Workspace {
 
     fn publish(&mut self, desired: &Desired, step: Step) {
         let state = match (step, self.vm) {
-            // A snapshot is news when it is there.
-            (
+            // A snapshot is news when it is there, and so is an archive, or that it is gone.
+            (Step::ArchivesSweep, _)
+            | (
                 Step::NetSet | Step::Pause | Step::Resume | Step::SaveDrop,
                 Vm::Running | Vm::Paused,
             )
-            | (Step::Save(Act::Snapshot, _), _) => return,
+            | (Step::Save(Act::Snapshot | Act::Archive | Act::Unarchive, _), _) => return,
             (Step::Shutdown | Step::Close | Step::Erase | Step::Save(..), _) => {
                 ActualState::Stopping
             }
@@ -641,6 +663,7 @@ impl Workspace {
             wakes: desired.wakes,
             wanted: false,
             snapshot: self.snapshot.clone(),
+            archived: self.archived.clone(),
             error: self.error.clone(),
         });
     }

@@ -217,10 +217,14 @@ async fn a_snapshot_that_fails_at_any_step_leaves_it_running() {
 
 /// Kills host after it asked for `step` and before it heard of it, and starts it again.
 async fn kill_at(w: &mut World, n: u8, power: Power, opens: &[(u8, Purpose, u8)], step: &str) {
-    w.doubles.state().silent = Some(step.to_owned());
-    let before = w.doubles.state().asked.len();
     let wish = w.wish(n, power);
     let wish = w.with_lease(wish, opens);
+    kill_with(w, wish, step).await;
+}
+
+async fn kill_with(w: &mut World, wish: api::host::Desired, step: &str) {
+    w.doubles.state().silent = Some(step.to_owned());
+    let before = w.doubles.state().asked.len();
     let reached = until(step, async || {
         let s = w.doubles.state();
         s.asked[before..].iter().any(|a| a == step).then_some(())
@@ -321,4 +325,171 @@ async fn a_kill_after_each_step_of_a_snapshot_or_restore_leaves_nothing_half_don
         assert_eq!(restore(&mut w, n, 2).await.state, Running, "{step}");
         w.bring(n, Power::Deleted).await;
     }
+}
+
+const ARCHIVE: [&str; 5] = [
+    "warden.memory_open",
+    "kms.release",
+    "warden.memory_grant",
+    "vmctl.archive",
+    "warden.memory_end",
+];
+
+fn id(object: u8) -> ObjectId {
+    ObjectId::from_bytes([object; 8])
+}
+
+/// A wish for archive `object` beside those that are there.
+fn archive_wish(w: &mut World, n: u8, object: u8, beside: &[u8]) -> api::host::Desired {
+    let mut wish = w.wish(n, Power::Running);
+    wish.archive = Some(api::host::Archive {
+        paths: vec!["/root".into()],
+        exclude: vec![],
+        max_mb: 64,
+    });
+    wish.archives = beside.iter().chain([&object]).map(|o| id(*o)).collect();
+    w.with_lease(wish, &[(n, Purpose::Archive, object)])
+}
+
+fn archives(w: &World, n: u8) -> Vec<ObjectId> {
+    let s = w.doubles.state();
+    let of = s.archives.iter().filter(|(w, _)| *w == ws(n));
+    of.map(|(_, id)| id.clone()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_archive_is_made_while_it_runs_on_and_goes_when_it_is_not_wanted() {
+    let mut w = World::new(0).await;
+    w.bring(1, Power::Running).await;
+    for (object, beside) in [(1, &[][..]), (2, &[1])] {
+        let before = w.doubles.state().asked.len();
+        let wish = archive_wish(&mut w, 1, object, beside);
+        let actual = w.apply(wish).await.unwrap();
+        let archived = actual.archived.unwrap();
+        assert_eq!((actual.state, archived.id), (Running, id(object)));
+        assert_eq!(archived.tar.bytes, 10_240);
+        let asked = w.doubles.state().asked[before..].to_vec();
+        let asked = asked.iter().filter(|a| ARCHIVE.contains(&a.as_str()));
+        assert_eq!(asked.collect::<Vec<_>>(), ARCHIVE);
+    }
+    assert_eq!(archives(&w, 1), [id(1), id(2)]);
+    // They stay while it sleeps and stands still, and one goes in either.
+    sleep(&mut w, 1, 9).await;
+    assert!(archives(&w, 1).is_empty(), "none is wanted");
+
+    wake(&mut w, 1, 9).await;
+    for object in [3, 4, 5] {
+        let beside: Vec<u8> = (3..object).collect();
+        let wish = archive_wish(&mut w, 1, object, &beside);
+        w.apply(wish).await.unwrap();
+    }
+    let mut wish = w.wish(1, Power::Stopped);
+    wish.archives = vec![id(3), id(5)];
+    w.apply(wish).await.unwrap();
+    assert_eq!(archives(&w, 1), [id(3), id(5)]);
+    // Also of a host that remembers nothing of them.
+    w.kill();
+    w.start().await;
+    let mut wish = w.wish(1, Power::Stopped);
+    wish.archives = vec![id(5)];
+    w.apply(wish).await.unwrap();
+    assert_eq!(archives(&w, 1), [id(5)]);
+    assert_eq!(w.bring(1, Power::Deleted).await.state, Deleted);
+    assert!(archives(&w, 1).is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_archive_that_fails_or_is_killed_at_any_step_is_none_and_the_guest_runs_on() {
+    let mut w = World::new(0).await;
+    for (n, step) in ARCHIVE.iter().enumerate() {
+        let n = u8::try_from(n).unwrap() + 1;
+        w.bring(n, Power::Running).await;
+        w.doubles
+            .state()
+            .failing
+            .extend([(step.to_string(), ErrorCode::Timeout)]);
+        let wish = archive_wish(&mut w, n, 1, &[]);
+        let actual = w.apply(wish).await.unwrap();
+        assert_eq!((actual.state, &actual.archived), (Running, &None), "{step}");
+        assert_eq!(actual.error.unwrap().code, ErrorCode::Timeout, "{step}");
+        w.doubles.state().failing.clear();
+
+        let wish = archive_wish(&mut w, n, 2, &[]);
+        kill_with(&mut w, wish, step).await;
+        assert_eq!(rests(&w, n).await, (Running, false), "{step}");
+        let saved = |x: &common::Slot| x.memory.is_some();
+        assert!(!w.doubles.state().slots.values().any(saved), "{step}");
+        // What was kept before the kill is removed with the next wish, which does not have it.
+        let wish = archive_wish(&mut w, n, 3, &[]);
+        let actual = w.apply(wish).await.unwrap();
+        assert_eq!(actual.archived.unwrap().id, id(3), "{step}");
+        assert_eq!(archives(&w, n), [id(3)], "{step}");
+        w.bring(n, Power::Deleted).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_newer_wish_ends_an_archive_that_hangs() {
+    let mut w = World::new(0).await;
+    w.bring(1, Power::Running).await;
+    w.doubles.state().silent = Some("vmctl.archive".into());
+    let wish = archive_wish(&mut w, 1, 1, &[]);
+    let newer = w.wish(1, Power::Stopped);
+    let asked = until("the archive", async || {
+        let s = w.doubles.state();
+        s.asked.iter().any(|a| a == "vmctl.archive").then_some(())
+    });
+    let stop = async {
+        asked.await;
+        w.apply(newer).await.unwrap()
+    };
+    let (_, stopped) = tokio::join!(w.apply(wish), stop);
+    assert_eq!(stopped.state, Stopped);
+    assert!(archives(&w, 1).is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_archive_is_put_back_as_often_as_wanted_and_a_kill_at_any_step_leaves_it() {
+    let mut w = World::new(0).await;
+    w.bring(1, Power::Running).await;
+    let wish = archive_wish(&mut w, 1, 1, &[]);
+    w.apply(wish).await.unwrap();
+    let steps = [&ARCHIVE[..3], &["vmctl.unarchive", "warden.memory_end"]].concat();
+    let restore = |w: &mut World| {
+        let mut wish = archive_wish(w, 1, 1, &[]);
+        wish.archive = None;
+        wish
+    };
+    for step in &steps {
+        let wish = restore(&mut w);
+        let start = wish.start.as_ref().unwrap().start_id.clone();
+        let actual = w.apply(wish).await.unwrap();
+        let archived = actual.archived.unwrap();
+        assert_eq!((archived.id, archived.start_id), (id(1), start), "{step}");
+        let failing = (step.to_string(), ErrorCode::DiskTampered);
+        w.doubles.state().failing.extend([failing]);
+        let wish = restore(&mut w);
+        let actual = w.apply(wish).await.unwrap();
+        let code = actual.error.map(|e| e.code);
+        assert_eq!(
+            (actual.state, code),
+            (Running, Some(ErrorCode::DiskTampered)),
+            "{step}"
+        );
+        w.doubles.state().failing.clear();
+        let wish = restore(&mut w);
+        kill_with(&mut w, wish, step).await;
+        assert_eq!(rests(&w, 1).await, (Running, false), "{step}");
+        let saved = |x: &common::Slot| x.memory.is_some();
+        assert!(!w.doubles.state().slots.values().any(saved), "{step}");
+        assert_eq!(archives(&w, 1), [id(1)], "{step}");
+    }
+    // One that is not there is an error, and the workspace runs on.
+    let mut wish = archive_wish(&mut w, 1, 7, &[1]);
+    wish.archive = None;
+    let actual = w.apply(wish).await.unwrap();
+    assert_eq!(
+        (actual.state, actual.error.unwrap().code),
+        (Running, ErrorCode::NotFound)
+    );
 }

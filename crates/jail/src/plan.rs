@@ -555,7 +555,10 @@ fn vmctl(mut jail: Jail, kind: Kind, given: &mut Given) -> Step<Jail> {
         jail.pass(given.next(what)?);
     }
     jail.plan.namespaces = Namespaces::Alone;
-    jail.plan.fsize_bytes = STATE_MAX_BYTES;
+    // Others write an archive, which is as large as a disk may be.
+    if how == "build" {
+        jail.plan.fsize_bytes = STATE_MAX_BYTES;
+    }
     Ok(jail)
 }
 

@@ -38,6 +38,15 @@ pub const SUSPEND_AFTER_MIN_S: u64 = 120;
 /// Shortest `stop_after` that is not 0, seconds.
 pub const STOP_AFTER_MIN_S: u64 = 3_600;
 
+/// Archives of a workspace. Together they take up as much as its disk, at most.
+pub const ARCHIVES_MAX: usize = 16;
+/// Longest version of an archive, characters.
+pub const ARCHIVE_VERSION_MAX_CHARS: usize = 64;
+/// Paths of an archive, and as many to leave out.
+pub const ARCHIVE_PATHS_MAX: usize = 64;
+/// All of them, bytes: they travel in one message to the guest, and stay in the archive's record.
+pub const ARCHIVE_PATHS_MAX_BYTES: usize = 4 << 10;
+
 /// Slots (VMs at once, pooled ones included) of one host.
 pub const SLOTS_MAX: u16 = 4_096;
 

@@ -102,6 +102,11 @@ impl Channel {
         }
     }
 
+    /// Renews what the guest may say: it was asked for as much.
+    pub fn renew(&mut self) {
+        self.budget_bytes = AGENT_BUDGET_BYTES;
+    }
+
     /// Reads what is there, once, without blocking; takes the guest's connection first.
     pub fn fill(&mut self) {
         if !self.listens() {

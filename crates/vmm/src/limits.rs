@@ -34,6 +34,8 @@ pub const PREPARE_TEMPLATE_MAX: Duration = Duration::from_secs(30);
 pub const PREPARE_COLD_MAX: Duration = Duration::from_secs(120);
 /// Longest `wait_ms` of an attach.
 pub const ATTACH_WAIT_MAX_MS: u64 = 120_000;
+/// Longest `wait_ms` of an archive.
+pub const ARCHIVE_WAIT_MAX_MS: u64 = 600_000;
 /// Longest `grace_ms` of a shutdown.
 pub const SHUTDOWN_GRACE_MAX_MS: u64 = 60_000;
 

@@ -13,6 +13,8 @@
 //! Exited(shutdown) ◀─────────────────── Stopping
 //! ```
 //!
+//! - Archive, Unarchive: Running, and nothing changes: the guest's files come or go by its channel, piece by piece, and
+//!   whatever goes wrong with them ends the archive and not the VM. `MemoryDrop` ends it too.
 //! - MemorySave: Running → Paused, Paused → Paused; what fails to be saved is paused as well.
 //! - Wake, of a VM that was opened on saved memory, in the place of Prepare and Attach: Created →
 //!   Waking ──up──▶ Running. What else its guest says was said before it slept, and is passed over.
@@ -31,6 +33,8 @@
 //! The cost: one request at a time. Waiting is done by the caller's poll, never here, but for
 //! commands to the VMM, which are bounded.
 
+mod archive;
+
 use crate::agent::Channel;
 use crate::limits::{
     ATTACH_WAIT_MAX_MS, PREPARE_COLD_MAX, PREPARE_TEMPLATE_MAX, SHUTDOWN_GRACE_MAX_MS,
@@ -40,6 +44,7 @@ use crate::{DiskFile, Event, Vmm, log};
 use api::agent::{FromGuest, STEPS_MAX, ToGuest, Up};
 use api::vmctl::{Op, Status, VmState};
 use api::{Error, ErrorCode};
+use archive::{Archive, Way};
 use serde_json::{Value, json};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::time::{Duration, Instant};
@@ -59,6 +64,10 @@ pub struct Vm<V, T> {
     /// The same once it was used: its process ends with its last descriptor, and has still to be
     /// told what becomes of it.
     saved: Option<OwnedFd>,
+    /// The archive that is being written to that file.
+    archive: Option<Archive>,
+    /// The last archive's number.
+    archives: u64,
     /// How long the VMM took to take the disk and to continue, µs.
     disk_us: u128,
     answers: Vec<(T, Result<Value, Error>)>,
@@ -114,6 +123,8 @@ impl<V: Vmm, T> Vm<V, T> {
             disk: None,
             memory: None,
             saved: None,
+            archive: None,
+            archives: 0,
             disk_us: 0,
             answers: Vec::new(),
         }
@@ -132,6 +143,23 @@ impl<V: Vmm, T> Vm<V, T> {
             Op::Attach { attach, wait_ms } => return self.attach(reply, *attach, wait_ms, now),
             Op::Save => self.save(),
             Op::MemorySave => self.memory_save(),
+            Op::Archive {
+                paths,
+                exclude,
+                max_bytes,
+                wait_ms,
+            } => {
+                let told = |number| ToGuest::Archive {
+                    number,
+                    paths,
+                    exclude,
+                };
+                return self.archive(reply, told, Way::Make(max_bytes), wait_ms, now);
+            }
+            Op::Unarchive { wait_ms } => {
+                let told = |number| ToGuest::Unarchive { number };
+                return self.archive(reply, told, Way::PutBack, wait_ms, now);
+            }
             Op::Wake { wake, wait_ms } => return self.wake(reply, *wake, wait_ms, now),
             Op::Pause => self.pause(),
             Op::Resume => self.resume(),
@@ -177,12 +205,12 @@ impl<V: Vmm, T> Vm<V, T> {
         }
     }
 
-    /// Keeps the file that warden hands over for [`Op::MemorySave`].
+    /// Keeps the file that warden hands over for [`Op::MemorySave`] or [`Op::Archive`].
     ///
     /// # Errors
     /// There is no workspace, or a file already.
     pub fn memory_keep(&mut self, file: OwnedFd) -> Result<(), Error> {
-        let has_one = self.memory.is_some() || self.saved.is_some();
+        let has_one = self.memory.is_some() || self.saved.is_some() || self.archive.is_some();
         if !matches!(self.state, State::Running | State::Paused) || has_one {
             return Err(self.conflict("only a workspace's memory can be saved, to one file"));
         }
@@ -192,6 +220,10 @@ impl<V: Vmm, T> Vm<V, T> {
 
     /// Lets go of that file.
     pub fn memory_drop(&mut self) {
+        if self.archive.is_some() {
+            let why = "the archive was given up; make it again";
+            self.archive_end(Err(Error::new(ErrorCode::Conflict, why)));
+        }
         (self.memory, self.saved) = (None, None);
     }
 
@@ -240,6 +272,10 @@ impl<V: Vmm, T> Vm<V, T> {
                 None,
             );
             return self.end(Reason::Shutdown);
+        }
+        if self.archive.is_some() {
+            let why = "the archive was not made in time; leave more out, or make several";
+            return self.archive_end(Err(Error::new(ErrorCode::Timeout, why)));
         }
         let phase = match self.state {
             State::Booting => "did not boot",
@@ -512,9 +548,10 @@ impl<V: Vmm, T> Vm<V, T> {
     }
 
     fn shutdown(&mut self, reply: T, grace_ms: u64, now: Instant) {
+        let meanwhile = || Error::new(ErrorCode::Conflict, "the workspace was shut down meanwhile");
+        self.archive_end(Err(meanwhile()));
         if let Some(w) = self.waiting.take() {
-            let e = Error::new(ErrorCode::Conflict, "the workspace was shut down meanwhile");
-            self.answers.push((w.reply, Err(e)));
+            self.answers.push((w.reply, Err(meanwhile())));
         }
         let grace = Duration::from_millis(grace_ms.min(SHUTDOWN_GRACE_MAX_MS));
         if self.exited() {
@@ -546,6 +583,7 @@ impl<V: Vmm, T> Vm<V, T> {
             (State::Rehearsing, Ok(FromGuest::Rehearsed)) => self.halt(),
             (State::Attaching | State::Waking, Ok(FromGuest::Up(up))) => self.up(&up),
             (State::Stopping, Ok(FromGuest::Down)) => self.end(Reason::Shutdown),
+            (State::Running, Ok(said)) => self.on_archive(&said),
             (
                 State::Booting | State::Rehearsing | State::Attaching | State::Waking,
                 Ok(FromGuest::Failed { code, message }),
@@ -632,6 +670,12 @@ impl<V: Vmm, T> Vm<V, T> {
 
     /// Ends the VMM; whoever waits learns how the VM is.
     fn end(&mut self, reason: Reason) {
+        if self.archive.is_some() {
+            self.archive_end(Err(Error::new(
+                ErrorCode::VmUnavailable,
+                "the workspace's VM went away; start it again",
+            )));
+        }
         if let Err(e) = self.vmm.quit() {
             let e = e.to_string();
             log::line(

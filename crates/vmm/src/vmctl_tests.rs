@@ -413,7 +413,7 @@ fn an_attach_needs_a_disk_and_a_bounded_wait() {
 proptest::proptest! {
     /// Whatever comes, in whatever order: no panic, and the state stays one of the drawn ones.
     #[test]
-    fn no_order_of_things_panics(steps in proptest::collection::vec(0u8..15, 0..40)) {
+    fn no_order_of_things_panics(steps in proptest::collection::vec(0u8..18, 0..40)) {
         let mut w = World::new(How::Template);
         for s in steps {
             match s {
@@ -431,6 +431,9 @@ proptest::proptest! {
                 10 => drop(w.say_bytes(b"\0")),
                 11 => { w.now += Duration::from_millis(60); w.vm.on_time(w.now); }
                 12 => drop(w.say(r#"{"type":"down"}"#)),
+                14 => drop(w.vm.memory_keep(tempfile::tempfile().unwrap().into())),
+                15 => drop(w.ask(archive(100))),
+                16 => drop(w.piece(w.vm.archives, "x")),
                 _ => drop(w.ask(Op::Status)),
             }
             let waits = w.vm.deadline().is_some();
@@ -527,4 +530,209 @@ fn a_wake_that_fails_ends_the_vm() {
     assert!(w.ask(wake()).is_none());
     let failed = w.say(r#"{"type":"failed","code":"identity","message":"m"}"#);
     assert_eq!(code(failed), ErrorCode::BadGateway);
+}
+
+fn archive(wait_ms: u64) -> Op {
+    Op::Archive {
+        paths: vec!["/root".into()],
+        exclude: vec!["/root/not".into()],
+        max_bytes: 1 << 20,
+        wait_ms,
+    }
+}
+
+impl World {
+    /// A workspace that was asked for an archive, which goes to the file that comes back.
+    fn archiving(&mut self) -> (u64, tempfile::NamedTempFile) {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let write = std::fs::File::options().write(true).open(file.path());
+        self.vm.memory_keep(write.unwrap().into()).unwrap();
+        assert!(self.ask(archive(1000)).is_none());
+        let told = self.hear();
+        let ToGuest::Archive {
+            number,
+            paths,
+            exclude,
+        } = told
+        else {
+            panic!("{told:?}")
+        };
+        assert_eq!(
+            (&paths[..], &exclude[..]),
+            (&["/root".into()][..], &["/root/not".into()][..])
+        );
+        (number, file)
+    }
+
+    fn piece(&mut self, number: u64, text: &str) -> Option<Result<Value, Error>> {
+        use base64::Engine as _;
+        let data = base64::engine::general_purpose::STANDARD.encode(text);
+        let said = FromGuest::ArchiveData { number, data };
+        self.say(&serde_json::to_string(&said).unwrap())
+    }
+}
+
+#[test]
+fn an_archive_is_what_the_guest_says_of_it_in_one_file_while_it_runs_on() {
+    let mut w = World::running();
+    assert_eq!(code(w.ask(archive(1000))), ErrorCode::Conflict, "no file");
+    let (n, file) = w.archiving();
+    assert_eq!(code(w.ask(Op::Pause)), ErrorCode::Conflict);
+    assert!(
+        w.vm.memory_keep(tempfile::tempfile().unwrap().into())
+            .is_err()
+    );
+    assert!(w.piece(n, "one").is_none());
+    assert!(w.piece(n - 1, "of another archive").is_none());
+    assert!(w.say(r#"{"type":"up","kernel":"6"}"#).is_none());
+    assert!(w.piece(n, "two").is_none());
+    let done = format!(r#"{{"type":"archive_done","number":{n},"entries":3,"skipped":1}}"#);
+    let said = w.say(&done).unwrap().unwrap();
+    assert_eq!(said, json!({"bytes": 6, "entries": 3, "skipped": 1}));
+    assert!(w.say(&done).is_none() && w.piece(n, "more").is_none());
+    assert_eq!(std::fs::read(file.path()).unwrap(), b"onetwo");
+    assert_eq!(w.vm.status().vm, VmState::Running);
+    // One file, once: until warden has it back there is no other.
+    assert_eq!(code(w.ask(archive(1000))), ErrorCode::Conflict);
+    assert!(
+        w.vm.memory_keep(tempfile::tempfile().unwrap().into())
+            .is_err()
+    );
+    w.vm.memory_drop();
+    assert!(w.archiving().0 > n);
+}
+
+#[test]
+fn more_than_a_guest_may_say_unasked_is_an_archive() {
+    let mut w = World::running();
+    w.vm.memory_keep(tempfile::tempfile().unwrap().into())
+        .unwrap();
+    let all = 3 * crate::limits::AGENT_BUDGET_BYTES;
+    let (paths, exclude, wait_ms) = (vec![], vec![], 1000);
+    let max_bytes = all as u64;
+    assert!(
+        w.ask(Op::Archive {
+            paths,
+            exclude,
+            max_bytes,
+            wait_ms
+        })
+        .is_none()
+    );
+    let ToGuest::Archive { number, .. } = w.hear() else {
+        panic!("not asked")
+    };
+    let piece = "x".repeat(api::agent::ARCHIVE_CHUNK_BYTES);
+    for _ in 0..all / piece.len() {
+        assert!(w.piece(number, &piece).is_none());
+    }
+    assert_eq!(code(w.piece(number, &piece)), ErrorCode::StorageFull);
+}
+
+#[test]
+fn an_archive_that_fails_ends_and_the_workspace_runs_on() {
+    let mut w = World::running();
+    let mut fails = |end: &mut dyn FnMut(&mut World, u64) -> Option<Result<Value, Error>>| {
+        let (number, _file) = w.archiving();
+        let ended = code(end(&mut w, number));
+        assert_eq!(w.hear(), ToGuest::ArchiveStop);
+        assert_eq!(w.vm.status().vm, VmState::Running);
+        assert!(w.vm.deadline().is_none());
+        w.vm.memory_drop();
+        ended
+    };
+    let said = |w: &mut World, message: String| w.say(&message);
+    let failed = fails(&mut |w, n| {
+        said(
+            w,
+            format!(r#"{{"type":"archive_failed","number":{n},"message":"no"}}"#),
+        )
+    });
+    assert_eq!(failed, ErrorCode::BadGateway);
+    let missing = fails(&mut |w, n| {
+        said(
+            w,
+            format!(r#"{{"type":"archive_failed","number":{n},"path":1,"message":"no"}}"#),
+        )
+    });
+    assert_eq!(missing, ErrorCode::ValidationError);
+    let odd = fails(&mut |w, n| {
+        said(
+            w,
+            format!(r#"{{"type":"archive_data","number":{n},"data":"%"}}"#),
+        )
+    });
+    assert_eq!(odd, ErrorCode::BadGateway);
+    let late = fails(&mut |w, _| {
+        w.now += Duration::from_millis(1001);
+        w.vm.on_time(w.now);
+        w.answer()
+    });
+    assert_eq!(late, ErrorCode::Timeout);
+    let dropped = fails(&mut |w, _| {
+        w.vm.memory_drop();
+        w.answer()
+    });
+    assert_eq!(dropped, ErrorCode::Conflict);
+
+    // A shutdown ends it, and an end of the VM.
+    w.archiving();
+    assert!(w.ask(Op::Shutdown { grace_ms: 1000 }).unwrap().is_err());
+    let mut w = World::running();
+    w.archiving();
+    let gone = code(w.event(Event::Gone));
+    assert_eq!(gone, ErrorCode::VmUnavailable);
+}
+
+#[test]
+fn an_archive_is_put_back_piece_by_piece_as_the_guest_asks() {
+    use base64::Engine as _;
+    let mut w = World::running();
+    let all: Vec<u8> = (0..api::agent::ARCHIVE_CHUNK_BYTES + 5)
+        .map(|n| n as u8)
+        .collect();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), &all).unwrap();
+    w.vm.memory_keep(std::fs::File::open(file.path()).unwrap().into())
+        .unwrap();
+    assert!(w.ask(Op::Unarchive { wait_ms: 1000 }).is_none());
+    let told = w.hear();
+    let ToGuest::Unarchive { number } = told else {
+        panic!("{told:?}")
+    };
+    let next = format!(r#"{{"type":"archive_next","number":{number}}}"#);
+    let mut got = Vec::new();
+    loop {
+        assert!(w.say(&next).is_none());
+        let told = w.hear();
+        let ToGuest::ArchiveData { number: of, data } = told else {
+            panic!("{told:?}")
+        };
+        assert_eq!(of, number);
+        if data.is_empty() {
+            break;
+        }
+        got.extend(
+            base64::engine::general_purpose::STANDARD
+                .decode(data)
+                .unwrap(),
+        );
+    }
+    assert_eq!(got, all);
+    let done = format!(r#"{{"type":"archive_done","number":{number},"entries":2,"skipped":0}}"#);
+    let said = w.say(&done).unwrap().unwrap();
+    assert_eq!(
+        said,
+        json!({"bytes": all.len(), "entries": 2, "skipped": 0})
+    );
+    w.vm.memory_drop();
+    // A guest that has no room for it says so.
+    w.vm.memory_keep(std::fs::File::open(file.path()).unwrap().into())
+        .unwrap();
+    assert!(w.ask(Op::Unarchive { wait_ms: 1000 }).is_none());
+    let ToGuest::Unarchive { number } = w.hear() else {
+        panic!("not asked")
+    };
+    let full = format!(r#"{{"type":"archive_failed","number":{number},"full":true,"message":""}}"#);
+    assert_eq!(code(w.say(&full)), ErrorCode::StorageFull);
 }

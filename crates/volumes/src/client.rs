@@ -2,12 +2,13 @@
 
 use crate::wire::{Ask, How, MESSAGE_MAX_BYTES, Name, Said};
 use api::Error;
+use api::warden::Object;
 use jail::ask::Kind;
 use jail::channel;
 use jail::fault::{At, Result, log};
 use jail::limits::KILL_WAIT;
 use jail::process::{Handle, Launcher, readable};
-use model::{Purpose, WorkspaceId};
+use model::WorkspaceId;
 use rustix::fd::{AsFd as _, OwnedFd};
 use rustix::fs::{Mode, OFlags};
 use std::path::PathBuf;
@@ -104,8 +105,8 @@ impl Client {
     ///
     /// # Errors
     /// [`api::ErrorCode::Conflict`] while a process has one of them.
-    pub fn erase(&mut self, workspace: WorkspaceId, object: Option<Purpose>) -> Result {
-        self.ask(&Ask::Erase { workspace, object }).map(drop)
+    pub fn erase(&mut self, workspace: WorkspaceId, of: Option<Name>) -> Result {
+        self.ask(&Ask::Erase { workspace, of }).map(drop)
     }
 
     /// Bytes that the object takes up; 0 when there is none.
@@ -123,7 +124,7 @@ impl Client {
     ///
     /// # Errors
     /// The process's start's.
-    pub fn list(&mut self, workspace: WorkspaceId) -> Result<Vec<Purpose>> {
+    pub fn list(&mut self, workspace: WorkspaceId) -> Result<Vec<Object>> {
         match self.ask(&Ask::List { workspace })?.0 {
             Said::Objects(objects) => Ok(objects),
             _ => Err(out_of_turn()),

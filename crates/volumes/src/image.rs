@@ -122,6 +122,12 @@ impl Image {
         Ok((image, hpke_pub))
     }
 
+    /// Whether it is there already, and is read.
+    #[must_use]
+    pub fn is_read(&self) -> bool {
+        !self.is_new
+    }
+
     /// Gives it its key, once: the mount whose file it is, and the note of one that was there.
     ///
     /// # Errors

@@ -48,9 +48,11 @@ fn answer(store: &Store, ask: Ask) -> Result<(Said, Vec<OwnedFd>)> {
         Ask::ForgetNew { of } => store.forget_new(&of).map(|()| Said::Done)?,
         Ask::Spend { of } => store.spend(&of).map(|()| Said::Done)?,
         Ask::SweepNew => store.sweep_new().map(|()| Said::Done)?,
-        Ask::Erase { workspace, object } => store.erase(&workspace, object).map(|()| Said::Done)?,
+        Ask::Erase { workspace, of } => {
+            store.erase(&workspace, of.as_ref()).map(|()| Said::Done)?
+        }
         Ask::Bytes { of } => Said::Bytes(store.bytes(&of)),
-        Ask::List { workspace } => Said::Objects(store.list(&workspace)),
+        Ask::List { workspace } => Said::Objects(store.list(&workspace)?),
     };
     Ok((said, vec![]))
 }

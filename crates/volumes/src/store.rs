@@ -6,13 +6,16 @@
 //!   (none) ◀──forget────┘        (none) ◀──erase: rename to NAME.new, remove
 //! ```
 //!
-//! A crash leaves `NAME.new` at most, which is no object and is swept.
+//! Archives, of which a workspace has several, are begun under one name: `WORKSPACE.archive.new`.
+//!
+//! A crash leaves `….new` at most, which is no object and is swept.
 
 use crate::wire::{How, Name};
+use api::warden::Object;
 use api::{Error, ErrorCode};
 use jail::fault::{At, Result};
 use jail::open_beneath;
-use model::{Purpose, WorkspaceId};
+use model::WorkspaceId;
 use rustix::fd::OwnedFd;
 use rustix::fs::{CWD, FlockOperation, OFlags, RenameFlags};
 use std::io::ErrorKind;
@@ -41,6 +44,7 @@ impl Store {
     /// [`ErrorCode::Conflict`] while another process has it; [`ErrorCode::NotFound`] when there is
     /// none to read; [`ErrorCode::DiskTampered`] when a part of it is missing.
     pub fn open(&self, of: &Name, how: How) -> Result<([OwnedFd; 2], bool)> {
+        check(of)?;
         let name = of.to_string();
         let there = self.dir.join(&name).symlink_metadata().is_ok();
         let (access, lock) = match how {
@@ -48,7 +52,7 @@ impl Store {
             How::Write | How::New => (OFlags::RDWR, FlockOperation::NonBlockingLockExclusive),
         };
         match (how, there) {
-            (How::New, _) | (How::Write, false) => Ok((self.begin(&name)?, true)),
+            (How::New, _) | (How::Write, false) => Ok((self.begin(&new(of))?, true)),
             (How::Read, false) => {
                 let why = format!("there is no {of}");
                 Err(Error::new(ErrorCode::NotFound, why))
@@ -66,6 +70,7 @@ impl Store {
     /// # Errors
     /// [`ErrorCode::Conflict`] when it was not begun; the files'.
     pub fn keep(&self, of: &Name, inode: u64) -> Result {
+        check(of)?;
         let (name, new) = (of.to_string(), new(of));
         let inode_of = |dir: &str| {
             let volume = self.dir.join(dir).join(VOLUME);
@@ -124,24 +129,24 @@ impl Store {
     ///
     /// # Errors
     /// [`ErrorCode::Conflict`] while a process has one of them: nothing is removed then.
-    pub fn erase(&self, workspace: &WorkspaceId, object: Option<Purpose>) -> Result {
-        let names: Vec<Name> = Purpose::ALL
-            .into_iter()
-            .filter(|o| object.is_none_or(|x| x == *o))
-            .map(|object| Name {
-                workspace: workspace.clone(),
-                object,
-            })
-            .collect();
+    pub fn erase(&self, workspace: &WorkspaceId, of: Option<&Name>) -> Result {
+        let names = match of {
+            // Of an archive that is being made beside it, nothing.
+            Some(of) => check(of).map(|()| vec![of.to_string(), gone(of)])?,
+            None => self.names(workspace)?,
+        };
         let mut held = Vec::new();
-        for of in &names {
-            let files = [of.to_string(), new(of)].map(|name| self.volume(&name));
-            for volume in files.into_iter().flatten() {
-                take(&volume, FlockOperation::NonBlockingLockExclusive)?;
-                held.push(volume);
+        for volume in names.iter().filter_map(|name| self.volume(name)) {
+            take(&volume, FlockOperation::NonBlockingLockExclusive)?;
+            held.push(volume);
+        }
+        for name in &names {
+            if name.ends_with(".new") {
+                self.remove(name)?;
+            } else {
+                self.spend_name(name)?;
             }
         }
-        names.iter().try_for_each(|of| self.spend(of))?;
         sync(&self.dir).at("sync the directory of", workspace)
     }
 
@@ -150,15 +155,19 @@ impl Store {
     /// # Errors
     /// The files'.
     pub fn spend(&self, of: &Name) -> Result {
-        self.forget_new(of)?;
-        let (from, to) = (self.dir.join(of.to_string()), self.dir.join(new(of)));
-        match std::fs::rename(from, to) {
+        self.spend_name(&of.to_string())
+    }
+
+    fn spend_name(&self, name: &str) -> Result {
+        let gone = format!("{name}.new");
+        self.remove(&gone)?;
+        match std::fs::rename(self.dir.join(name), self.dir.join(&gone)) {
             Ok(()) => {
-                sync(&self.dir).at("sync the directory of", of)?;
-                self.forget_new(of)
+                sync(&self.dir).at("sync the directory of", name)?;
+                self.remove(&gone)
             }
             Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
-            Err(e) => Err(e).at("erase", of),
+            Err(e) => Err(e).at("erase", name),
         }
     }
 
@@ -170,35 +179,48 @@ impl Store {
         (of(VOLUME) + of(SIDECAR)) * 512
     }
 
-    /// The objects that there are of the workspace.
-    #[must_use]
-    pub fn list(&self, workspace: &WorkspaceId) -> Vec<Purpose> {
-        let there = |object: &Purpose| {
-            let name = Name {
-                workspace: workspace.clone(),
-                object: *object,
-            };
-            self.dir.join(name.to_string()).symlink_metadata().is_ok()
+    /// The objects that there are of the workspace, by name.
+    ///
+    /// # Errors
+    /// The directory's.
+    pub fn list(&self, workspace: &WorkspaceId) -> Result<Vec<Object>> {
+        let names = self.names(workspace)?;
+        let names = names.iter().filter_map(|n| Name::read(workspace, n));
+        let object = |of: Name| Object {
+            purpose: of.object,
+            bytes: self.bytes(&of),
+            id: of.id,
         };
-        Purpose::ALL.into_iter().filter(there).collect()
+        Ok(names.map(object).collect())
+    }
+
+    /// The directories that are the workspace's, kept or not.
+    fn names(&self, workspace: &WorkspaceId) -> Result<Vec<String>> {
+        let entries = std::fs::read_dir(&self.dir).at("read", self.dir.display())?;
+        let ours = format!("{workspace}.");
+        let names = entries
+            .flatten()
+            .filter_map(|e| e.file_name().into_string().ok());
+        let mut names: Vec<String> = names.filter(|name| name.starts_with(&ours)).collect();
+        names.sort_unstable();
+        Ok(names)
     }
 
     /// Empty files beside what is there: what an interrupted making left is no object.
-    fn begin(&self, name: &str) -> Result<[OwnedFd; 2]> {
-        let new = format!("{name}.new");
+    fn begin(&self, new: &str) -> Result<[OwnedFd; 2]> {
         match std::fs::DirBuilder::new()
             .mode(0o700)
-            .create(self.dir.join(&new))
+            .create(self.dir.join(new))
         {
-            Err(e) if e.kind() != ErrorKind::AlreadyExists => return Err(e).at("make", &new),
+            Err(e) if e.kind() != ErrorKind::AlreadyExists => return Err(e).at("make", new),
             _ => {}
         }
         let files = self
-            .files(&new, OFlags::RDWR | OFlags::CREATE)
-            .at("make", &new)?;
+            .files(new, OFlags::RDWR | OFlags::CREATE)
+            .at("make", new)?;
         take(&files[0], FlockOperation::NonBlockingLockExclusive)?;
         for file in &files {
-            rustix::fs::ftruncate(file, 0).at("empty", &new)?;
+            rustix::fs::ftruncate(file, 0).at("empty", new)?;
         }
         Ok(files)
     }
@@ -225,8 +247,22 @@ impl Store {
     }
 }
 
+/// Where it is begun.
 fn new(of: &Name) -> String {
+    gone(&Name::new(&of.workspace, of.object))
+}
+
+/// Where it is removed.
+fn gone(of: &Name) -> String {
     format!("{of}.new")
+}
+
+fn check(of: &Name) -> Result {
+    if of.is_object() {
+        return Ok(());
+    }
+    let why = "an archive has an id, and nothing else has";
+    Err(Error::new(ErrorCode::ValidationError, why))
 }
 
 fn take(volume: &OwnedFd, how: FlockOperation) -> Result {
@@ -253,6 +289,7 @@ fn sync(dir: &Path) -> std::io::Result<()> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use model::{ObjectId, Purpose};
     use std::io::Write as _;
 
     fn world() -> (tempfile::TempDir, Store, Name) {
@@ -260,6 +297,13 @@ mod tests {
         let store = Store::new(dir.path().into());
         let name = Name::disk(&WorkspaceId::from_bytes([7; 8]));
         (dir, store, name)
+    }
+
+    fn archive(name: &Name, n: usize) -> Name {
+        Name {
+            id: Some(ObjectId::from_bytes([u8::try_from(n).unwrap(); 8])),
+            ..Name::new(&name.workspace, Purpose::Archive)
+        }
     }
 
     fn inode(files: &[OwnedFd; 2]) -> u64 {
@@ -287,6 +331,11 @@ mod tests {
         volume.unwrap()
     }
 
+    fn there(store: &Store, name: &Name) -> Vec<Purpose> {
+        let objects = store.list(&name.workspace).unwrap();
+        objects.into_iter().map(|o| o.purpose).collect()
+    }
+
     fn code<T>(result: Result<T>) -> ErrorCode {
         result.err().unwrap().code
     }
@@ -297,7 +346,7 @@ mod tests {
         make(&store, &name, "memory");
         let ([volume, _tags], _) = store.open(&name, How::Read).unwrap();
         store.spend(&name).unwrap();
-        assert_eq!(store.list(&name.workspace), []);
+        assert_eq!(there(&store, &name), []);
         assert_eq!(code(store.open(&name, How::Read)), ErrorCode::NotFound);
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
         let read = std::io::read_to_string(std::fs::File::from(volume)).unwrap();
@@ -313,7 +362,7 @@ mod tests {
         assert_eq!(code(store.open(&name, How::Read)), ErrorCode::NotFound);
         let (files, fresh) = store.open(&name, How::Write).unwrap();
         assert!(fresh);
-        assert_eq!(store.list(&name.workspace), []);
+        assert_eq!(there(&store, &name), []);
         assert_eq!(code(store.open(&name, How::Write)), ErrorCode::Conflict);
         let begun = inode(&files);
         drop(files);
@@ -321,7 +370,7 @@ mod tests {
         let (files, _) = store.open(&name, How::Write).unwrap();
         assert_eq!(inode(&files), begun);
         store.keep(&name, begun).unwrap();
-        assert_eq!(store.list(&name.workspace), [Purpose::Disk]);
+        assert_eq!(there(&store, &name), [Purpose::Disk]);
         drop(files);
         let (_files, fresh) = store.open(&name, How::Write).unwrap();
         assert!(!fresh);
@@ -402,27 +451,70 @@ mod tests {
         let (dir, store, name) = world();
         let other = Name::disk(&WorkspaceId::from_bytes([8; 8]));
         make(&store, &other, "other");
-        for object in Purpose::ALL {
-            let workspace = name.workspace.clone();
-            make(&store, &Name { workspace, object }, "x");
+        let all = [
+            Purpose::Archive,
+            Purpose::Archive,
+            Purpose::Disk,
+            Purpose::Memory,
+            Purpose::SnapshotDisk,
+            Purpose::SnapshotMemory,
+        ];
+        for (n, object) in all.into_iter().enumerate() {
+            let of = if object == Purpose::Archive {
+                archive(&name, n)
+            } else {
+                Name::new(&name.workspace, object)
+            };
+            make(&store, &of, "x");
         }
-        assert_eq!(store.list(&name.workspace), Purpose::ALL);
+        assert_eq!(there(&store, &name), all);
         assert!(store.bytes(&name) > 0);
         let (reader, _) = store.open(&name, How::Read).unwrap();
         assert_eq!(
             code(store.erase(&name.workspace, None)),
             ErrorCode::Conflict
         );
-        assert_eq!(store.list(&name.workspace), Purpose::ALL);
-        let memory = Some(Purpose::Memory);
-        store.erase(&name.workspace, memory).unwrap();
-        assert_eq!(store.list(&name.workspace).len(), Purpose::ALL.len() - 1);
+        assert_eq!(there(&store, &name), all);
+        let memory = Name::new(&name.workspace, Purpose::Memory);
+        store.erase(&name.workspace, Some(&memory)).unwrap();
+        assert_eq!(there(&store, &name).len(), all.len() - 1);
         drop(reader);
         for _ in 0..2 {
             store.erase(&name.workspace, None).unwrap();
-            assert_eq!(store.list(&name.workspace), []);
+            assert_eq!(there(&store, &name), []);
         }
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
         assert_eq!(text(&store, &other), "other");
+    }
+
+    #[test]
+    fn archives_are_each_its_own_and_one_is_made_at_a_time() {
+        let (dir, store, name) = world();
+        let (first, second) = (archive(&name, 1), archive(&name, 2));
+        make(&store, &first, "first");
+        let (begun, _) = store.open(&second, How::New).unwrap();
+        let third = archive(&name, 3);
+        assert_eq!(code(store.open(&third, How::New)), ErrorCode::Conflict);
+        assert_eq!(there(&store, &name), [Purpose::Archive]);
+        // One that is removed takes nothing of the one that is being made.
+        store.erase(&name.workspace, Some(&first)).unwrap();
+        assert_eq!(there(&store, &name), []);
+        store.keep(&second, inode(&begun)).unwrap();
+        drop(begun);
+        assert_eq!(store.list(&name.workspace).unwrap()[0].id, second.id);
+        drop(store.open(&third, How::New).unwrap());
+        store.sweep_new().unwrap();
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+        // A name without an id is no archive, and nothing else has one.
+        let none = Name::new(&name.workspace, Purpose::Archive);
+        let odd = Name {
+            object: Purpose::Memory,
+            ..first
+        };
+        for of in [none, odd] {
+            assert_eq!(code(store.open(&of, How::New)), ErrorCode::ValidationError);
+            let erased = store.erase(&of.workspace, Some(&of));
+            assert_eq!(code(erased), ErrorCode::ValidationError);
+        }
     }
 }

@@ -2,12 +2,13 @@
 //! answer. Ids and numbers only.
 
 use api::Error;
-use model::{Purpose, WorkspaceId};
+use api::warden::Object;
+use model::{ObjectId, Purpose, WorkspaceId};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// Longest message, bytes.
-pub const MESSAGE_MAX_BYTES: usize = 4 << 10;
+pub const MESSAGE_MAX_BYTES: usize = 8 << 10;
 
 /// One object of one workspace. As text: its directory's name.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -17,22 +18,58 @@ pub struct Name {
     pub workspace: WorkspaceId,
     /// The object.
     pub object: Purpose,
+    /// Which archive: of everything else there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<ObjectId>,
 }
 
 impl Name {
+    /// An object of which there is one.
+    #[must_use]
+    pub fn new(workspace: &WorkspaceId, object: Purpose) -> Self {
+        Self {
+            workspace: workspace.clone(),
+            object,
+            id: None,
+        }
+    }
+
     /// The workspace's disk.
     #[must_use]
     pub fn disk(workspace: &WorkspaceId) -> Self {
-        Self {
-            workspace: workspace.clone(),
-            object: Purpose::Disk,
-        }
+        Self::new(workspace, Purpose::Disk)
+    }
+
+    /// What of the workspace has this text.
+    #[must_use]
+    pub fn read(workspace: &WorkspaceId, text: &str) -> Option<Self> {
+        let rest = text.strip_prefix(workspace.as_str())?.strip_prefix('.')?;
+        let (label, id) = match rest.split_once("-obj_") {
+            Some((label, hex)) => (label, Some(format!("obj_{hex}").parse().ok()?)),
+            None => (rest, None),
+        };
+        let object = Purpose::ALL.into_iter().find(|o| o.label() == label)?;
+        let name = Self {
+            id,
+            ..Self::new(workspace, object)
+        };
+        name.is_object().then_some(name)
+    }
+
+    /// Whether there can be such an object: an archive has an id, and nothing else has.
+    #[must_use]
+    pub fn is_object(&self) -> bool {
+        (self.object == Purpose::Archive) == self.id.is_some()
     }
 }
 
 impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}.{}", self.workspace, self.object.label())
+        write!(f, "{}.{}", self.workspace, self.object.label())?;
+        match &self.id {
+            Some(id) => write!(f, "-{id}"),
+            None => Ok(()),
+        }
     }
 }
 
@@ -84,7 +121,7 @@ pub enum Ask {
         /// Whose.
         workspace: WorkspaceId,
         /// Which; none: all.
-        object: Option<Purpose>,
+        of: Option<Name>,
     },
     /// What the object takes up.
     Bytes {
@@ -112,7 +149,7 @@ pub enum Said {
     /// Bytes allocated.
     Bytes(u64),
     /// The objects that there are.
-    Objects(Vec<Purpose>),
+    Objects(Vec<Object>),
     /// It could not.
     Failed(Error),
 }
@@ -134,8 +171,13 @@ mod tests {
             let text = format!(r#"{{"list":{{"workspace":"{id}"}}}}"#);
             assert!(serde_json::from_str::<Ask>(&text).is_err(), "{text}");
         }
-        let object = r#"{"erase":{"workspace":"ws_00000000000000aa","object":"../disk"}}"#;
-        assert!(serde_json::from_str::<Ask>(object).is_err());
+        for of in [
+            r#"{"workspace":"ws_00000000000000aa","object":"../disk"}"#,
+            r#"{"workspace":"ws_00000000000000aa","object":"archive","id":"../disk"}"#,
+        ] {
+            let object = format!(r#"{{"bytes":{{"of":{of}}}}}"#);
+            assert!(serde_json::from_str::<Ask>(&object).is_err(), "{object}");
+        }
     }
 
     proptest! {
@@ -146,15 +188,26 @@ mod tests {
         }
 
         #[test]
-        fn a_name_is_one_plain_component(raw: [u8; 8], object in 0..Purpose::ALL.len()) {
+        fn a_name_is_one_plain_component(raw: [u8; 8], id: [u8; 8], object in 0..Purpose::ALL.len()) {
+            let object = Purpose::ALL[object];
+            let workspace = WorkspaceId::from_bytes(raw);
             let name = Name {
-                workspace: WorkspaceId::from_bytes(raw),
-                object: Purpose::ALL[object],
+                id: (object == Purpose::Archive).then(|| ObjectId::from_bytes(id)),
+                ..Name::new(&workspace, object)
             };
+            prop_assert_eq!(Name::read(&workspace, &name.to_string()), Some(name.clone()));
             let plain = |b: u8| {
                 b.is_ascii_lowercase() || b.is_ascii_digit() || b"_.-".contains(&b)
             };
             prop_assert!(name.to_string().bytes().all(plain));
+        }
+
+        #[test]
+        fn a_text_that_is_read_as_a_name_is_its_text(text in "ws_0707070707070707[.][a-z-]{0,12}(obj_[0-9a-f]{15,17})?[.a-z]{0,4}") {
+            let workspace = WorkspaceId::from_bytes([7; 8]);
+            if let Some(name) = Name::read(&workspace, &text) {
+                prop_assert_eq!(name.to_string(), text);
+            }
         }
     }
 }

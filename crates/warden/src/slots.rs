@@ -201,20 +201,23 @@ impl Warden {
                 purpose,
                 nonce,
                 save,
+                archive,
             } => {
-                let of = Name {
-                    workspace,
-                    object: purpose,
-                };
-                json(self.memory_open(slot, of, (start_id, nonce), save))
+                let of = Name::new(&workspace, purpose);
+                json(self.memory_open(slot, of, (start_id, nonce), save, archive))
             }
             Op::MemoryGrant { slot, sealed, aad } => {
                 let key = Sealed { sealed, aad };
                 json(self.memory_grant(slot, key))
             }
             Op::MemoryEnd { slot, end } => json(self.memory_end(slot, end)),
-            Op::ObjectErase { workspace, purpose } => {
-                json(self.disk_erase(&workspace, Some(purpose)))
+            Op::ObjectErase {
+                workspace,
+                purpose,
+                id,
+            } => {
+                let of = Name::new(&workspace, purpose);
+                json(self.disk_erase(&workspace, Some(Name { id, ..of })))
             }
             Op::Objects { workspace } => json(self.objects(&workspace)),
             Op::NetSet { slot, open, rates } => json(self.net_set(slot, open, rates)),
@@ -572,8 +575,7 @@ impl Warden {
                 lock(&self.volumes).forget_new(Name::disk(workspace))?;
             }
             if let Some((_, object)) = record.saving {
-                let workspace = workspace.clone();
-                lock(&self.volumes).forget_new(Name { workspace, object })?;
+                lock(&self.volumes).forget_new(Name::new(workspace, object))?;
             }
             lock(&self.in_use).remove(workspace);
         }

@@ -178,6 +178,7 @@ impl Machines {
             purpose,
             nonce: "0c".repeat(32),
             save,
+            archive: None,
         })?;
         Ok(self.release(&attested.attestation))
     }

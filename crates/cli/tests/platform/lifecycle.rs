@@ -2,6 +2,7 @@
 
 use crate::world::{Account, Platform};
 use serde_json::Value;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::time::{Duration, Instant};
 
 /// Within this what is due must have happened.
@@ -219,6 +220,134 @@ fn workspaces_sleep_wake_go_back_and_fork() {
         "it outlives the other"
     );
     u.ok(&["ws", "rm", &fork]);
+    until("no file at rest", || {
+        p.disk_files().is_empty().then_some(())
+    });
+}
+
+#[test]
+fn archives_are_ciphertext_and_go_with_what_they_are_of() {
+    let p = Platform::start("[host]\npool_size = 1\n", None);
+    let account = p.account("archives");
+    let u = User { p: &p, account };
+    let id = u.create();
+    // 8 MiB of a text that would show at rest.
+    u.exec(
+        &id,
+        "mkdir -p /root/in/not && echo 'an archived marker' > /root/in/a && yes 'an archived marker' | head -c 8388608 > /root/in/b && touch /root/in/not/c && ln -s /etc/passwd /root/in/d",
+    );
+    let make = |args: &[&str]| {
+        let mut all = vec!["ws", "archive", "create", &id];
+        all.extend(args);
+        u.ok(&all)
+    };
+    let first = make(&["--path", "/root/in", "--exclude", "/root/in/not"]);
+    assert_eq!(
+        (&first["archive"]["version"], &first["archive"]["entries"]),
+        (&"1".into(), &4.into())
+    );
+    let size = first["archive"]["size"].as_u64().unwrap();
+    assert!(size > 8 << 20 && size < 9 << 20, "{size}");
+    make(&["--version", "etc", "--path", "/etc"]);
+    let listed = |u: &User<'_>| {
+        u.ok(&["ws", "archive", "ls", &id])
+            .as_array()
+            .unwrap()
+            .len()
+    };
+    let at_rest = || {
+        let files = p.disk_files().into_iter();
+        let of = files.filter(|f| f.starts_with(&format!("{id}.archive")));
+        of.collect::<Vec<_>>()
+    };
+    assert_eq!((listed(&u), at_rest().len()), (2, 2));
+    for name in at_rest() {
+        let volume = std::fs::read(p.state("volumes").join(&name).join("volume")).unwrap();
+        let shows = |text: &str| volume.windows(text.len()).any(|w| w == text.as_bytes());
+        assert!(volume.starts_with(b"LUKS") && !shows("archived marker") && !shows("root:x:0:0"));
+    }
+
+    // Put back, what was changed is as it was, and the rest stays.
+    u.exec(
+        &id,
+        "echo changed > /root/in/a; rm /root/in/b /root/in/d; echo x > /root/in/new",
+    );
+    let back = u.ok(&["ws", "archive", "restore", &id, "1"]);
+    assert_eq!(
+        (&back["restored"]["entries"], &back["restored"]["skipped"]),
+        (&4.into(), &0.into())
+    );
+    let all =
+        "cat /root/in/a /root/in/new; readlink /root/in/d; wc -c < /root/in/b; ls /root/in/not";
+    let want = "an archived marker\nx\n/etc/passwd\n8388608\nc";
+    assert_eq!(u.exec(&id, all), want);
+
+    // The workspace runs on, and what it wanted that can't be is an error that says so.
+    assert_eq!(u.exec(&id, "head -n 1 /root/in/b"), "an archived marker");
+    let refused = |args: &[&str], word: &str| {
+        let out = p.as_user(&u.account, args);
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(!out.status.success() && said.contains(word), "{said}");
+    };
+    let create = ["ws", "archive", "create", &id];
+    refused(&[&create[..], &["--version", "etc"]].concat(), "version: ");
+    refused(
+        &[&create[..], &["--path", "/none"]].concat(),
+        "vm_paths[0]: ",
+    );
+    refused(
+        &[&create[..], &["--path", "/proc/self"]].concat(),
+        "vm_paths[0]: ",
+    );
+    assert_eq!((listed(&u), at_rest().len()), (2, 2));
+
+    // They outlast sleep and stop, and a kill of what remembers; each goes by itself.
+    u.ok(&["ws", "sleep", &id]);
+    refused(&create, "vm_not_running");
+    u.ok(&["ws", "wake", &id]);
+    make(&["--version", "woken", "--path", "/root"]);
+    u.ok(&["ws", "stop", &id]);
+    for name in ["host", "warden", "control"] {
+        let pid = p.daemon_pid(name).unwrap();
+        let _ = std::process::Command::new("kill")
+            .args(["-9", &pid.to_string()])
+            .status();
+        until(name, || {
+            let new = p.daemon_pid(name).filter(|n| *n != pid);
+            new.filter(|_| p.casemate(&["status"]).status.success())
+        });
+    }
+    assert_eq!((listed(&u), at_rest().len()), (3, 3));
+    // One that was changed at rest is refused, by the tag of the sector that was; the others are not.
+    u.ok(&["ws", "start", &id]);
+    let volume = |f: &String| p.state("volumes").join(f).join("volume");
+    let size = |f: &String| volume(f).metadata().unwrap().blocks();
+    let largest = at_rest().into_iter().max_by_key(size).unwrap();
+    let options = std::fs::File::options().read(true).write(true).clone();
+    let file = options.open(volume(&largest)).unwrap();
+    // In the middle of its 8 MiB: the ciphertext begins at 16 MiB, the tar 1 MiB behind.
+    let (at, mut byte) = (21 << 20, [0]);
+    file.read_exact_at(&mut byte, at).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], at).unwrap();
+    let restore = ["ws", "archive", "restore", &id];
+    // `woken` holds /root, so the same 8 MiB: one of the two was changed.
+    for version in ["1", "woken"] {
+        u.exec(&id, "echo mine > /root/in/b");
+        let out = p.as_user(&u.account, &[&restore[..], &[version]].concat());
+        if out.status.success() {
+            assert_eq!(u.exec(&id, "head -n 1 /root/in/b"), "an archived marker");
+            continue;
+        }
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(said.contains("disk_tampered"), "{said}");
+        assert_eq!(u.exec(&id, "cat /root/in/b"), "mine", "{version}");
+        u.ok(&["ws", "archive", "rm", &id, version]);
+    }
+    assert_eq!(listed(&u), 2, "one of them was refused");
+    u.ok(&["ws", "archive", "rm", &id, "etc"]);
+    assert_eq!(listed(&u), 1);
+    until("its file is gone", || (at_rest().len() == 1).then_some(()));
+    u.ok(&["ws", "rm", &id]);
     until("no file at rest", || {
         p.disk_files().is_empty().then_some(())
     });

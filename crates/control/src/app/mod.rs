@@ -4,6 +4,7 @@
 //! Must never act for a client without mint's assertion, nor hold a key: receipts, signed
 //! statements and ids pass through.
 
+pub mod archive;
 pub mod creation;
 pub mod image;
 pub mod lifecycle;
@@ -24,7 +25,7 @@ use crate::metrics::Metrics;
 use crate::op::Op;
 use crate::store::{Store, Workspace};
 use api::audit::Lease;
-use api::host::{Actual, ActualState, Desired, Info};
+use api::host::{self, Actual, ActualState, Desired, Info};
 use api::rpc::Client;
 use api::warden::NetRates;
 use api::{Error, ErrorCode};
@@ -297,6 +298,9 @@ impl App {
         lease: Option<(&Lease, &Value)>,
         wait_ms: u64,
     ) -> api::Result<Actual> {
+        let makes = lease.is_some_and(|(lease, _)| lease.purpose == Purpose::Archive);
+        let archives = &w.doc.life.archives;
+        let begun = archives.iter().find(|a| makes && a.made.is_none());
         let desired = Desired {
             workspace: w.id.clone(),
             generation: w.generation,
@@ -314,6 +318,12 @@ impl App {
             public_access: w.doc.public_access,
             ingress_ports: w.doc.ingress_ports.clone(),
             wakes: sleep::wakes(w),
+            archive: begun.map(|a| host::Archive {
+                paths: a.paths.clone(),
+                exclude: a.exclude.clone(),
+                max_mb: archive::room_mb(w),
+            }),
+            archives: archives.iter().map(|a| a.id.clone()).collect(),
             lease: lease.map(|(_, receipt)| receipt.clone()),
             start: lease.map(|(lease, _)| lease.clone()),
             token_state: w.doc.token_state.clone(),

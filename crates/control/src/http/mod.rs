@@ -5,6 +5,7 @@
 //!
 //! Must never see a client's secret: the edge takes it off and sends mint's assertion instead.
 
+pub mod archive;
 pub mod assertion;
 pub mod fields;
 pub mod lifecycle;

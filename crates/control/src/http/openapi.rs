@@ -4,8 +4,8 @@
 use super::operations::{Kind, OPERATIONS, Operation};
 use crate::limits::PAGE;
 use model::limits::{
-    CPUS, DISK_MB, INGRESS_PORTS_MAX, MAX_RESTARTS, MEMORY_MB, NAME_MAX_CHARS, SLUG_CHARS,
-    STOP_AFTER_MIN_S, SUSPEND_AFTER_MIN_S,
+    ARCHIVE_PATHS_MAX, CPUS, DISK_MB, INGRESS_PORTS_MAX, MAX_RESTARTS, MEMORY_MB, NAME_MAX_CHARS,
+    SLUG_CHARS, STOP_AFTER_MIN_S, SUSPEND_AFTER_MIN_S,
 };
 use serde_json::{Map, Value, json};
 
@@ -45,7 +45,7 @@ fn operation(o: &Operation) -> Value {
         "operationId": o.id,
         "summary": o.summary,
         "responses": {
-            (if o.id == "workspace_create" { "201" } else { "200" }): {
+            (if matches!(o.id, "workspace_create" | "archive_create") { "201" } else { "200" }): {
                 "description": "Done",
                 "content": { "application/json": { "schema": answer(o) } },
             },
@@ -130,8 +130,24 @@ fn answer(o: &Operation) -> Value {
         id if id.starts_with("runtime_access") && id.contains("token") => {
             with("token", json!({ "type": "string" }))
         }
+        "archive_create" => with("archive", archive()),
+        "archive_list" => with("archives", json!({ "type": "array", "items": archive() })),
+        "archive_get" => archive(),
         _ => reference("Success"),
     }
+}
+
+fn archive() -> Value {
+    json!({
+        "type": "object",
+        "required": ["version", "created_at", "size", "format"],
+        "properties": {
+            "version": { "type": "string" },
+            "created_at": { "type": "string", "format": "date-time" },
+            "size": { "type": "integer", "description": "Bytes of the tar; `size_bytes` is the same" },
+            "format": { "const": "tar" },
+        },
+    })
 }
 
 fn reference(name: &str) -> Value {
@@ -253,6 +269,26 @@ fn schemas() -> Value {
         "Snapshot": {
             "type": "object",
             "properties": { "after": { "enum": ["resume", "pause", "stop"], "default": "resume" } },
+        },
+        "Archive": {
+            "type": "object",
+            "properties": {
+                "version": {
+                    "type": ["string", "integer"],
+                    "description": "Its name, unique in the workspace; by default the next number",
+                },
+                "format": { "enum": ["tar"], "default": "tar" },
+                "vm_paths": {
+                    "type": "array", "items": { "type": "string" },
+                    "maxItems": ARCHIVE_PATHS_MAX, "default": ["/"],
+                    "description": "Absolute paths: what it holds",
+                },
+                "exclude_vm_paths": {
+                    "type": "array", "items": { "type": "string" },
+                    "maxItems": ARCHIVE_PATHS_MAX,
+                    "description": "Absolute paths that it leaves out, with all below them",
+                },
+            },
         },
         "Fork": { "type": "object", "properties": { "name": name, "slug": slug } },
         "Ping": { "type": "object", "properties": { "ttl_seconds": duration } },

@@ -2,8 +2,8 @@
 //! an act. The router, the OpenAPI description and the tests that walk all operations read it.
 
 use super::{
-    Answer, Answered, Call, Handler, lifecycle, network, openapi, power, resources, runtime_access,
-    snapshot, workspace,
+    Answer, Answered, Call, Handler, archive, lifecycle, network, openapi, power, resources,
+    runtime_access, snapshot, workspace,
 };
 use crate::app::App;
 use crate::op::Op;
@@ -369,6 +369,60 @@ pub static OPERATIONS: &[Operation] = &[
         |a, o, c| Box::pin(snapshot::fork(a, o, c)),
     ),
     operation(
+        "archive_create",
+        "POST",
+        "/workspace/{ws}/archives",
+        Kind::Act,
+        "Keep a tar of a running workspace's files, encrypted under a key of its own",
+        Some("Archive"),
+        |a, o, c| Box::pin(archive::create(a, o, c)),
+    ),
+    operation(
+        "archive_list",
+        "GET",
+        "/workspace/{ws}/archives",
+        Kind::Read,
+        "Its archives, the oldest first",
+        None,
+        |a, o, c| Box::pin(archive::list(a, o, c)),
+    ),
+    operation(
+        "archive_get",
+        "GET",
+        "/workspace/{ws}/archives/{version}",
+        Kind::Read,
+        "What one of its archives is",
+        None,
+        |a, o, c| Box::pin(archive::get(a, o, c)),
+    ),
+    operation(
+        "archive_delete",
+        "DELETE",
+        "/workspace/{ws}/archives/{version}",
+        Kind::Act,
+        "Delete one of its archives",
+        None,
+        |a, o, c| Box::pin(archive::delete(a, o, c)),
+    ),
+    operation(
+        "archive_delete_all",
+        "DELETE",
+        "/workspace/{ws}/archives",
+        Kind::Act,
+        "Delete all its archives",
+        None,
+        |a, o, c| Box::pin(archive::delete_all(a, o, c)),
+    ),
+    operation(
+        "archive_restore",
+        "POST",
+        "/workspace/{ws}/archives/{version}/restore",
+        Kind::Act,
+        "Put back the files of an archive, each in the place of the one that is there",
+        None,
+        |a, o, c| Box::pin(archive::restore(a, o, c)),
+    ),
+    operation(
         "workspace_stop",
         "POST",
         "/workspace/{ws}/stop",
@@ -623,11 +677,6 @@ pub static UNSUPPORTED: &[Operation] = &[
     unsupported("POST", "/workspace/{ws}/ssh/disable"),
     unsupported("POST", "/workspace/{ws}/ssh/password"),
     unsupported("POST", "/workspace/{ws}/ssh/key"),
-    unsupported("POST", "/workspace/{ws}/archives"),
-    unsupported("GET", "/workspace/{ws}/archives"),
-    unsupported("GET", "/workspace/{ws}/archives/{version}"),
-    unsupported("DELETE", "/workspace/{ws}/archives/{version}"),
-    unsupported("DELETE", "/workspace/{ws}/archives"),
     unsupported("POST", "/workspace/{ws}/workloads"),
     unsupported("GET", "/workspace/{ws}/workloads"),
     unsupported("DELETE", "/workspace/{ws}/workloads"),

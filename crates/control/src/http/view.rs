@@ -2,7 +2,7 @@
 
 use crate::app::start_error;
 use crate::app::workspace::Seen;
-use crate::store::{Stage, Workspace};
+use crate::store::{Archive, Stage, Workspace};
 use api::ErrorCode;
 use api::host::{Actual, ActualState};
 use model::lifecycle::RESTARTS_MAX;
@@ -113,6 +113,24 @@ pub fn snapshot(w: &Workspace) -> Value {
             "disk_size_mb": s.resources.disk_size_mb,
         }),
     }
+}
+
+/// The contract's archive.
+#[must_use]
+pub fn archive(a: &Archive) -> Value {
+    let made = a.made.as_ref();
+    let bytes = made.map(|m| m.bytes);
+    json!({
+        "version": a.version,
+        "created_at": time(made.map_or(a.begun_ms, |m| m.made_ms)),
+        "size": bytes,
+        "size_bytes": bytes,
+        "format": super::archive::FORMAT,
+        "vm_paths": a.paths,
+        "exclude_vm_paths": a.exclude,
+        "entries": made.map(|m| m.entries),
+        "skipped": made.map(|m| m.skipped),
+    })
 }
 
 /// Whether its memory is at rest.

@@ -10,7 +10,7 @@ mod schema;
 mod workspace;
 
 pub use erasure::Erasure;
-pub use workspace::{Deletion, Doc, Inserted, Life, Snapshot, Stage, Workspace};
+pub use workspace::{Archive, Deletion, Doc, Inserted, Life, Made, Snapshot, Stage, Workspace};
 
 use anyhow::Context as _;
 use api::{Error, ErrorCode};

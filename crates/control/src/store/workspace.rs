@@ -126,6 +126,45 @@ pub struct Life {
     pub idle_stopped: bool,
     /// Its snapshot.
     pub snapshot: Option<Snapshot>,
+    /// Its archives, in the order in which they were begun; at most
+    /// [`model::limits::ARCHIVES_MAX`].
+    pub archives: Vec<Archive>,
+    /// The largest number that was a version.
+    pub archive_last: u64,
+    /// When files of an archive were put back last, or were to be, ms since the epoch.
+    pub archive_restored_ms: u64,
+}
+
+/// An archive of its files.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Archive {
+    /// Its name, unique in the workspace.
+    pub version: String,
+    /// Its object's id.
+    pub id: ObjectId,
+    /// When it was begun, ms since the epoch.
+    pub begun_ms: u64,
+    /// The request that began it.
+    pub request_id: String,
+    /// What it holds.
+    pub paths: Vec<String>,
+    /// What it leaves out.
+    pub exclude: Vec<String>,
+    /// Once it was made to its end; none: it is none.
+    pub made: Option<Made>,
+}
+
+/// What became of an archive.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Made {
+    /// When, ms since the epoch.
+    pub made_ms: u64,
+    /// Size of the tar, bytes.
+    pub bytes: u64,
+    /// Files, directories and links in it, by the guest's word.
+    pub entries: u64,
+    /// What could not be read, by the guest's word.
+    pub skipped: u64,
 }
 
 /// A snapshot.

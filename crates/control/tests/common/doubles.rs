@@ -39,6 +39,8 @@ pub struct State {
     /// Starts, sleeps and snapshots that fail at host.
     pub starts_fail: Option<Error>,
     pub starts: u32,
+    /// Size of every archive, bytes, or as much as it may have.
+    pub archive_bytes: u64,
     /// Every operation asked, by `process.op`.
     pub asked: Vec<String>,
 }
@@ -368,6 +370,8 @@ impl Doubles {
         let fails = s.starts_fail.clone();
         let mut memory = s.memory.get(&d.workspace).cloned();
         let mut snapshot = None;
+        let mut archived = None;
+        let mut archive_fails = None;
         if let (true, Some(receipt), Some(lease)) = (up, &d.lease, &d.start) {
             let entry: Entry = serde_json::from_value(receipt["entry"].clone()).unwrap();
             assert_eq!(entry.lease.as_ref(), Some(lease));
@@ -377,6 +381,25 @@ impl Doubles {
                     snapshot = lease.object.clone().filter(|_| fails.is_none());
                     s.snapshots
                         .extend(snapshot.clone().map(|id| (d.workspace.clone(), id)));
+                }
+                Purpose::Archive => {
+                    self.lease_authority(&entry)?;
+                    assert_eq!(d.power, Power::Running);
+                    let id = lease.object.clone().unwrap();
+                    assert!(d.archives.contains(&id));
+                    // Of one that is put back: nothing is to be made.
+                    let archive = d.archive.as_ref();
+                    let most = archive.map_or(u64::MAX, |a| u64::from(a.max_mb) << 20);
+                    archived = fails.is_none().then(|| api::host::Archived {
+                        id,
+                        start_id: lease.start_id.clone(),
+                        tar: api::vmctl::Archived {
+                            bytes: s.archive_bytes.min(most),
+                            entries: archive.map_or(3, |a| a.paths.len() as u64),
+                            skipped: 0,
+                        },
+                    });
+                    archive_fails = fails.clone();
                 }
                 Purpose::Memory => {
                     self.lease_authority(&entry)?;
@@ -396,7 +419,7 @@ impl Doubles {
             Power::Asleep if up => (ActualState::Running, fails),
             Power::Asleep => (ActualState::Crashed, None),
             Power::Paused if up => (ActualState::Paused, None),
-            Power::Running if up => (ActualState::Running, None),
+            Power::Running if up => (ActualState::Running, archive_fails),
             _ if d.token_state.is_empty() => (ActualState::Starting, None),
             Power::Paused | Power::Running => match (&d.lease, &d.start) {
                 (Some(receipt), Some(lease)) => {
@@ -449,6 +472,7 @@ impl Doubles {
             wakes: d.wakes,
             wanted: false,
             snapshot,
+            archived,
             error,
         };
         match memory {

@@ -58,6 +58,7 @@ impl World {
             wakes: false,
             wanted: false,
             snapshot: None,
+            archived: None,
             error: None,
         };
         self.table.actual(actual, 1, false);
@@ -258,6 +259,7 @@ async fn an_older_answer_of_host_changes_nothing() {
         wakes: false,
         wanted: false,
         snapshot: None,
+        archived: None,
         error: None,
     };
     w.table.actual(dark(), 7, false);

@@ -278,6 +278,7 @@ impl World {
                 wakes: false,
                 wanted: false,
                 snapshot: None,
+                archived: None,
                 error: None,
             }),
             seen,

@@ -2,15 +2,20 @@
 //! on their real sockets. The doubles assert what must never be asked of them.
 #![allow(dead_code, clippy::unwrap_used)]
 
+mod parts;
+
+pub use parts::until;
+
 use api::audit::{Lease, Object};
 use api::disk::Anchored;
 use api::host::{Actual, ActualState, Changes, Desired, Op};
 use api::kms::AnchorStatement;
 use api::rpc::Client;
 use api::vmctl::VmState;
-use api::warden::{MemoryEnd, SlotState, Start, VmOpened};
+use api::warden::{MemoryEnd, SlotState, Start};
 use api::{Error, ErrorCode, kms, vmctl, warden};
 use model::{HostId, ObjectId, Power, Purpose, Resources, StartId, WorkspaceId};
+use parts::{attestation, net};
 use serde_json::{Value, json};
 use service::clock::Clock;
 use service::config::Config;
@@ -18,7 +23,7 @@ use service::paths::Paths;
 use service::rpc::{Peer, Uids, bind, ok, serve};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::runtime::Runtime;
 use tokio::sync::watch;
 
@@ -47,6 +52,8 @@ pub struct State {
     pub disks: BTreeSet<WorkspaceId>,
     /// What else is at rest, and the object whose key it is under.
     pub objects: BTreeMap<(WorkspaceId, &'static str), String>,
+    /// Archives, by the object whose key each is under.
+    pub archives: BTreeSet<(WorkspaceId, ObjectId)>,
     pub nonces: BTreeSet<String>,
     /// What the KMS was told of each disk.
     pub anchors: BTreeMap<WorkspaceId, Vec<kms::Anchor>>,
@@ -263,18 +270,40 @@ impl Doubles {
                 purpose,
                 nonce,
                 save: true,
+                archive,
             } => {
                 let x = s.slots.get_mut(&slot).unwrap();
-                assert_eq!(
-                    (x.at.state, x.vm),
-                    (SlotState::DiskAttached, VmState::Paused)
-                );
+                let vm = match purpose {
+                    Purpose::Archive => VmState::Running,
+                    _ => VmState::Paused,
+                };
+                assert_eq!((x.at.state, x.vm), (SlotState::DiskAttached, vm));
+                assert_eq!(archive.is_some(), purpose == Purpose::Archive);
                 assert_eq!(x.at.workspace.as_ref(), Some(&workspace));
                 assert_ne!(x.at.start_id.as_ref(), Some(&start_id));
                 assert!(x.memory.is_none(), "one save at a time");
                 x.memory = Some((purpose, None, false));
                 ok(&warden::Attested {
                     attestation: attestation(&nonce, purpose, &workspace),
+                })
+            }
+            warden::Op::MemoryOpen {
+                slot,
+                workspace,
+                purpose: Purpose::Archive,
+                nonce,
+                archive,
+                ..
+            } => {
+                let id = archive.unwrap().id;
+                if !s.archives.contains(&(workspace.clone(), id)) {
+                    return Err(Error::new(ErrorCode::NotFound, "no such archive"));
+                }
+                let x = s.slots.get_mut(&slot).unwrap();
+                assert_eq!((x.vm, &x.memory), (VmState::Running, &None));
+                x.memory = Some((Purpose::Archive, None, false));
+                ok(&warden::Attested {
+                    attestation: attestation(&nonce, Purpose::Archive, &workspace),
                 })
             }
             warden::Op::MemoryOpen {
@@ -350,12 +379,18 @@ impl Doubles {
             warden::Op::MemoryEnd { slot, end } => {
                 let x = s.slots.get_mut(&slot).unwrap();
                 let workspace = x.at.workspace.clone().unwrap();
-                let memory = x.memory.take();
+                let Some((purpose, object, written)) = x.memory.take() else {
+                    return Err(Error::new(ErrorCode::Conflict, "nothing is being saved"));
+                };
                 if end == MemoryEnd::Drop {
                     return ok(&true);
                 }
-                let (purpose, object, written) = memory.unwrap();
                 assert!(written, "what was not written is kept");
+                if purpose == Purpose::Archive {
+                    let id = object.unwrap().parse().unwrap();
+                    s.archives.insert((workspace, id));
+                    return ok(&true);
+                }
                 s.objects
                     .insert((workspace, purpose.label()), object.unwrap());
                 if end == MemoryEnd::Sleep {
@@ -363,7 +398,17 @@ impl Doubles {
                 }
                 ok(&true)
             }
-            warden::Op::ObjectErase { workspace, purpose } => {
+            warden::Op::ObjectErase {
+                workspace,
+                purpose: Purpose::Archive,
+                id,
+            } => {
+                s.archives.remove(&(workspace, id.unwrap()));
+                ok(&true)
+            }
+            warden::Op::ObjectErase {
+                workspace, purpose, ..
+            } => {
                 let on = |x: &Slot| x.at.workspace.as_ref() == Some(&workspace);
                 assert!(!s.slots.values().any(on));
                 s.objects.remove(&(workspace, purpose.label()));
@@ -373,7 +418,15 @@ impl Doubles {
                 let of = Purpose::ALL
                     .into_iter()
                     .filter(|p| s.objects.contains_key(&(workspace.clone(), p.label())));
-                let all = of.map(|purpose| warden::Object { purpose, bytes: 1 });
+                let object = |purpose, id| warden::Object {
+                    purpose,
+                    id,
+                    bytes: 1,
+                };
+                let archives = s.archives.iter().filter(|(w, _)| *w == workspace);
+                let all = of
+                    .map(|purpose| object(purpose, None))
+                    .chain(archives.map(|(_, id)| object(Purpose::Archive, Some(id.clone()))));
                 ok(&all.collect::<Vec<_>>())
             }
             warden::Op::NetSet { slot, open, .. } => {
@@ -485,6 +538,18 @@ impl Doubles {
                 assert!(memory.1.is_some(), "memory is written without a key");
                 memory.2 = true;
             }
+            vmctl::Op::Archive { .. } | vmctl::Op::Unarchive { .. } => {
+                assert_eq!(x.vm, VmState::Running);
+                let memory = x.memory.as_mut().unwrap();
+                assert!(memory.1.is_some(), "an archive is moved without a key");
+                memory.2 = true;
+                let (bytes, entries, skipped) = (10_240, 3, 0);
+                return ok(&vmctl::Archived {
+                    bytes,
+                    entries,
+                    skipped,
+                });
+            }
             vmctl::Op::Wake { wake, .. } => {
                 assert_eq!(
                     (x.at.state, x.vm),
@@ -516,20 +581,6 @@ impl Doubles {
             vm: x.vm,
             reason: x.reason.clone(),
         })
-    }
-}
-
-/// What the doubles attest: the nonce, for which object.
-fn attestation(nonce: &str, purpose: Purpose, workspace: &WorkspaceId) -> String {
-    format!("{nonce}|{}|{workspace}", purpose.label())
-}
-
-fn net(slot: u16) -> VmOpened {
-    VmOpened {
-        ip: format!("10.117.0.{}", slot + 2),
-        prefix: 16,
-        gateway: "10.117.0.1".into(),
-        mac: "02:00:0a:75:00:02".into(),
     }
 }
 
@@ -642,6 +693,8 @@ impl World {
             public_access: false,
             ingress_ports: vec![],
             wakes: false,
+            archive: None,
+            archives: vec![],
             lease: None,
             start: None,
             token_state: "v1.x".into(),
@@ -738,17 +791,5 @@ impl World {
 impl Drop for World {
     fn drop(&mut self) {
         self.kill();
-    }
-}
-
-/// Polls until something is there.
-pub async fn until<T>(what: &str, mut f: impl AsyncFnMut() -> Option<T>) -> T {
-    let end = Instant::now() + Duration::from_secs(60);
-    loop {
-        if let Some(v) = f().await {
-            return v;
-        }
-        assert!(Instant::now() < end, "never: {what}");
-        tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }

@@ -139,8 +139,7 @@ impl Warden {
         // What a new one is filled from.
         let beside = match from {
             Some(workspace) => {
-                let (workspace, object) = (workspace.clone(), Purpose::SnapshotDisk);
-                let of = Name { workspace, object };
+                let of = Name::new(workspace, Purpose::SnapshotDisk);
                 let image = lock(&self.volumes).open(of, How::Read)?;
                 vec![image.volume, image.sidecar]
             }
@@ -200,9 +199,8 @@ impl Warden {
         // From here on the disk may change: what was saved beside it is used up, by a wake or by a
         // start without it.
         self.step(&mut s.record, Step::Spend)?;
-        if let Some(workspace) = s.record.workspace.clone() {
-            let object = Purpose::Memory;
-            lock(&self.volumes).spend(Name { workspace, object })?;
+        if let Some(workspace) = &s.record.workspace {
+            lock(&self.volumes).spend(Name::new(workspace, Purpose::Memory))?;
         }
         self.step(&mut s.record, Step::DiskReady)?;
         let ready = WardenOp::DiskReady { size_bytes };
@@ -224,14 +222,10 @@ impl Warden {
     }
 
     /// Erases one object of the workspace, or all.
-    pub(super) fn disk_erase(
-        &self,
-        workspace: &WorkspaceId,
-        object: Option<Purpose>,
-    ) -> Result<bool> {
-        if object.is_some_and(|o| o != Purpose::Disk) {
+    pub(super) fn disk_erase(&self, workspace: &WorkspaceId, of: Option<Name>) -> Result<bool> {
+        if of.as_ref().is_some_and(|of| of.object != Purpose::Disk) {
             return lock(&self.volumes)
-                .erase(workspace.clone(), object)
+                .erase(workspace.clone(), of)
                 .map(|()| true);
         }
         let mut in_use = lock(&self.in_use);
@@ -240,7 +234,7 @@ impl Warden {
         }
         drop(in_use);
         let erased = lock(&self.volumes)
-            .erase(workspace.clone(), object)
+            .erase(workspace.clone(), of)
             .and_then(|()| remove(&self.disk_of_old(workspace)));
         lock(&self.in_use).remove(workspace);
         erased.map(|()| true)

@@ -7,6 +7,8 @@
 //!   (none) ──MemoryOpen──▶ waits ──MemoryGrant──▶ open, on that memory ──disk──▶ attached
 //! ```
 //!
+//! An archive of a workspace's files is saved the same way, by its guest, while it runs on, and read.
+//!
 //! A wake that does not find the VMM and the state of the disk that the memory goes with is refused
 //! before anything runs or is used up.
 
@@ -17,9 +19,10 @@ use crate::journal::{Record, Step};
 use crate::layout::check_digest_id;
 use api::Error;
 use api::vmctl::WardenOp;
-use api::warden::{Attested, Memory, MemoryEnd, Object, Sealed, Start};
+use api::warden::{Archive, Attested, Memory, MemoryEnd, Object, Sealed, Start};
 use jail::ask::OpenFor;
 use jail::{ends, plan};
+use model::limits as bounds;
 use model::{Purpose, StartId, WorkspaceId};
 use rustix::fd::AsFd as _;
 use vmm::driver::Driver;
@@ -31,28 +34,38 @@ impl Warden {
     pub(super) fn memory_open(
         &self,
         slot: u16,
-        of: Name,
+        mut of: Name,
         (start_id, nonce): (StartId, String),
         save: bool,
+        archive: Option<Archive>,
     ) -> Result<Attested> {
         super::check_slot(slot)?;
         check_digest_id("nonce", &nonce)?;
-        if !matches!(of.object, Purpose::Memory | Purpose::SnapshotMemory) {
-            return Err(invalid("purpose must be memory or snapshot_memory"));
+        let new_mb = archive.as_ref().map(|a| a.size_mb);
+        of.id = archive.map(|a| a.id);
+        let is_archive = of.id.is_some();
+        if matches!(of.object, Purpose::Disk | Purpose::SnapshotDisk) || !of.is_object() {
+            return Err(invalid(
+                "purpose must be memory, snapshot_memory or archive",
+            ));
         }
         let cell = self.cell(slot);
         let mut held = lock(&cell);
-        if save {
+        if save || is_archive {
             let s = occupied(slot, &mut held)?;
             check_disk(s, &of.workspace)?;
             let is_qemu = s.record.driver == Driver::Qemu;
-            if !is_qemu || s.saving.is_some() || s.record.memory_mb > SAVED_MAX_MIB {
+            let no_memory = !is_qemu || s.record.memory_mb > SAVED_MAX_MIB;
+            if s.saving.is_some() || (no_memory && !is_archive) {
                 let why = format!(
                     "it is being saved, has more than {SAVED_MAX_MIB} MiB, or is not QEMU's"
                 );
                 return Err(conflict(why));
             }
-            let opened = self.image_open(&mut s.record, of, true, (&start_id, nonce));
+            let new_mb = new_mb.unwrap_or_else(|| saved_mib(s.record.memory_mb));
+            super::check_range("size_mb", new_mb, &(1..=*bounds::DISK_MB.end()))?;
+            let (key, new_mb) = ((&start_id, nonce), Some(new_mb).filter(|_| save));
+            let opened = self.image_open(&mut s.record, of, new_mb, false, key);
             let Ok((image, attested)) = opened else {
                 self.saving_end(s)?;
                 return opened.map(|(_, attested)| attested);
@@ -68,7 +81,7 @@ impl Warden {
         let mut record = Record::new(slot, Start::Wake, String::new(), 0, 0);
         record.workspace = Some(of.workspace.clone());
         record.start_id = Some(start_id.clone());
-        let opened = self.image_open(&mut record, of, false, (&start_id, nonce));
+        let opened = self.image_open(&mut record, of, None, true, (&start_id, nonce));
         let Ok((image, attested)) = opened else {
             self.clear(&record)?;
             return opened.map(|(_, attested)| attested);
@@ -82,16 +95,17 @@ impl Warden {
         &self,
         record: &mut Record,
         of: Name,
-        save: bool,
+        new_mb: Option<u32>,
+        wakes: bool,
         (start_id, nonce): (&StartId, String),
     ) -> Result<(Image, Attested)> {
-        let group = if save { saving_group } else { woken_group };
-        if !save {
+        let group = if wakes { woken_group } else { saving_group };
+        if wakes {
             let bounds = plan::slot_bounds(1);
             self.cgroups.create(&slot_group(record.slot), bounds)?;
         }
         let (spawned, runs) = self.disk_spawn(record.slot, &group(record.slot))?;
-        if save {
+        if !wakes {
             record.saving = Some((spawned.proc(), of.object));
             self.publish(record)?;
         } else {
@@ -99,7 +113,6 @@ impl Warden {
             self.step(record, Step::MemoryWaits)?;
         }
         let (workspace, purpose) = (of.workspace.clone(), of.object);
-        let new_mb = save.then(|| saved_mib(record.memory_mb));
         let (image, hpke_pub) = Image::open(&self.volumes, spawned, of, new_mb)?;
         let attestation = self
             .machine
@@ -120,8 +133,10 @@ impl Warden {
             let Some(image) = &mut s.saving else {
                 return Err(conflict(format!("slot {slot} saves no memory")));
             };
+            let reads = image.is_read();
+            let access = if reads { OpenFor::Wake } else { OpenFor::Save };
             let granted = image.grant(key).and_then(|(mount, _)| {
-                let file = self.launcher.open_mount(slot, OpenFor::Save, mount)?;
+                let file = self.launcher.open_mount(slot, access, mount)?;
                 let vmctl = self.config.layout.vmctl();
                 // One that a warden before this one left.
                 ends::tell(&vmctl, slot, WardenOp::MemoryDrop, &[])?;
@@ -195,8 +210,10 @@ impl Warden {
     fn image_keep(&self, s: &mut Slot, image: Image) -> Result {
         self.step(&mut s.record, Step::Saving)?;
         let disk = s.disk.as_ref().ok_or_else(gone)?;
-        let vm = self.vm_of(&s.record.image, s.record.memory_mb, s.record.cpus)?;
-        let (vm, disk) = (Some(vm), disk.anchor()?.statement.anchor);
+        let r = &s.record;
+        let of_memory = r.saving.is_some_and(|(_, o)| o != Purpose::Archive);
+        let vm = of_memory.then(|| self.vm_of(&r.image, r.memory_mb, r.cpus));
+        let (vm, disk) = (vm.transpose()?, disk.anchor()?.statement.anchor);
         image.keep(&self.volumes, &Note { vm, disk })
     }
 
@@ -207,8 +224,8 @@ impl Warden {
             failed("saving.stuck", s.record.slot, "can't be killed");
         }
         let saved = s.record.saving.take();
-        if let (Some((_, object)), Some(workspace)) = (saved, s.record.workspace.clone()) {
-            lock(&self.volumes).forget_new(Name { workspace, object })?;
+        if let (Some((_, object)), Some(workspace)) = (saved, &s.record.workspace) {
+            lock(&self.volumes).forget_new(Name::new(workspace, object))?;
         }
         s.record.step = Step::DiskAttached;
         self.publish(&s.record)
@@ -240,22 +257,14 @@ impl Warden {
     }
 
     pub(super) fn objects(&self, workspace: &WorkspaceId) -> Result<Vec<Object>> {
-        let mut volumes = lock(&self.volumes);
-        let there = volumes.list(workspace.clone())?;
-        let object = |purpose| {
-            let (workspace, object) = (workspace.clone(), purpose);
-            let bytes = volumes.bytes(Name { workspace, object })?;
-            Ok(Object { purpose, bytes })
-        };
-        there.into_iter().map(object).collect()
+        lock(&self.volumes).list(workspace.clone())
     }
 }
 
 fn snapshot_of(s: &Slot) -> Result<Name> {
     let workspace = s.record.workspace.clone().ok_or_else(gone)?;
     check_disk(s, &workspace)?;
-    let object = Purpose::SnapshotDisk;
-    Ok(Name { workspace, object })
+    Ok(Name::new(&workspace, Purpose::SnapshotDisk))
 }
 
 /// Whether the slot has that workspace's disk.

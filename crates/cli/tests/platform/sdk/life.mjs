@@ -65,7 +65,26 @@ await client.workspaces.waitUntilReady(id);
 const back = await rt.exec.run(['cat', '/dev/shm/m', '/root/sdk/d'], { execMode: 'direct' });
 assert.equal(back.stdout, 'then\nthen\n');
 await rt.files.delete({ path: '/root/sdk/d' });
-await assert.rejects(() => client.workspaces.snapshots.listArchives(id), (e) => e.status === 501);
+
+// Archives: made of paths, listed, described, deleted.
+const { snapshots } = client.workspaces;
+await rt.files.write({ fullPath: '/root/sdk/not/in.it', content: 'x', createDirs: true });
+const made = await snapshots.createArchive(id, { format: 'tar', vm_paths: ['/root/sdk'], exclude_vm_paths: ['/root/sdk/not'] });
+assert.equal(made.archive.version, '1');
+assert.equal(made.archive.entries, 2); // the directory and a.txt
+await snapshots.createArchive(id, { version: 'etc', vm_paths: ['/etc'] });
+assert.deepEqual((await snapshots.listArchives(id)).map((a) => a.version), ['1', 'etc']);
+const archive = await snapshots.getArchive(id, 'etc');
+assert.equal(archive.format, 'tar');
+assert.ok(archive.size > 0 && archive.size % 512 === 0 && !Number.isNaN(Date.parse(archive.created_at)));
+await assert.rejects(() => snapshots.createArchive(id, { version: 'etc' }), (e) => e.status === 409);
+await assert.rejects(() => snapshots.createArchive(id, { vm_paths: ['/none'] }), (e) => e.status === 422 && /vm_paths\[0\]/.test(e.message));
+await assert.rejects(() => snapshots.createArchive(id, { format: 'zip' }), (e) => e.status === 422);
+await snapshots.deleteArchive(id, 'etc', { delete_file: true });
+await assert.rejects(() => snapshots.getArchive(id, 'etc'), (e) => e.status === 404);
+await snapshots.deleteAllArchives(id, { delete_files: true });
+assert.deepEqual(await snapshots.listArchives(id), []);
+await rt.files.delete({ path: '/root/sdk/not/in.it' });
 
 const lifecycle = await client.workspaces.lifecycle.get(id);
 assert.equal(lifecycle.snapshot_supported, true);
