@@ -9,6 +9,8 @@
 //! | start | `POST /workspace` to the first result of an exec | QEMU alone: restore to the agent's first answer; cold boot to its `booted` |
 //! | exec | `true`, by the gateway | the same call of the agent, past the edge |
 //! | disk | 1 MiB direct writes and reads by `dd` in a workspace | the same `dd` on ext4 in QEMU alone, over its LUKS driver and over a plain file |
+//! | sleep | a request that wakes a workspace, to its agent's answer; memory, written and encrypted | QEMU alone: the same restore; the same memory to a plain file |
+//! | fork | snapshot, fork, opening, first exec; 16 forks at once | the same restore |
 //! | density | memory of 16 workspaces, without the VMMs' | none |
 //! | neighbour | a workspace's rounds of work beside another's floods | the same alone, under the same quotas |
 //! | audit, kms | durable entries, audited releases | none |
@@ -19,8 +21,10 @@ mod bare;
 mod density;
 mod disk;
 mod exec;
+mod fork;
 mod neighbour;
 mod platform;
+mod sleep;
 mod start;
 
 use anyhow::{Context as _, Result, ensure};
@@ -40,6 +44,8 @@ const PACKAGES: &[&str] = &[
 pub(crate) struct Args {
     /// What to measure.
     name: Name,
+    /// Of `neighbour`: which floods; all unless named.
+    kinds: Vec<String>,
     /// Kernel, images and VMM: what `cargo xtask image` made.
     #[arg(long, default_value = "/var/lib/casemate/artifacts")]
     artifacts: PathBuf,
@@ -53,6 +59,8 @@ enum Name {
     Start,
     Exec,
     Disk,
+    Sleep,
+    Fork,
     Density,
     Neighbour,
     Audit,
@@ -81,6 +89,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if is(Name::Disk) {
         example("disk", "cipher")?;
         disk::run(args)?;
+    }
+    if is(Name::Sleep) {
+        sleep::run(args)?;
+    }
+    if is(Name::Fork) {
+        fork::run(args)?;
     }
     if is(Name::Density) {
         density::run(args)?;

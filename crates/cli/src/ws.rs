@@ -103,6 +103,9 @@ pub enum Command {
         /// What follows: `resume` (default), `pause` or `stop`.
         #[arg(long, default_value = "resume", value_parser = ["resume", "pause", "stop"])]
         after: String,
+        /// The disk only, as if the power had been cut: what a fork needs.
+        #[arg(long)]
+        disk_only: bool,
     },
     /// Tars of its files, each encrypted under a key of its own.
     Archive {
@@ -115,7 +118,8 @@ pub enum Command {
         /// Id or slug.
         workspace: String,
     },
-    /// Make a new workspace from a snapshot taken now, with a key and an identity of its own.
+    /// Make a new workspace from a snapshot taken now, of the disk only, with a key and an identity of
+    /// its own.
     Fork {
         /// Id or slug.
         workspace: String,
@@ -303,8 +307,12 @@ pub async fn run(client: &Client, command: Command, as_json: bool) -> anyhow::Re
         Command::Sleep { workspace } => power(client, &workspace, "sleep", as_json).await?,
         Command::Wake { workspace } => power(client, &workspace, "start", as_json).await?,
         Command::Archive { command } => crate::ws_archive::run(client, command, as_json).await?,
-        Command::Snapshot { workspace, after } => {
-            let answer = snapshot(client, &workspace, &after).await?;
+        Command::Snapshot {
+            workspace,
+            after,
+            disk_only,
+        } => {
+            let answer = snapshot(client, &workspace, &after, !disk_only).await?;
             print(as_json, &answer, |a| {
                 let of = &a["snapshot"];
                 format!(
@@ -332,7 +340,7 @@ pub async fn run(client: &Client, command: Command, as_json: bool) -> anyhow::Re
             last,
         } => {
             if !last {
-                snapshot(client, &workspace, "resume").await?;
+                snapshot(client, &workspace, "resume", false).await?;
             }
             let body = match name {
                 Some(name) => json!({ "name": name }),
@@ -408,10 +416,15 @@ pub async fn create(client: &Client, body: &Value) -> anyhow::Result<Value> {
     ready(client, made).await
 }
 
-async fn snapshot(client: &Client, ws: &str, after: &str) -> anyhow::Result<Value> {
+async fn snapshot(client: &Client, ws: &str, after: &str, memory: bool) -> anyhow::Result<Value> {
     let path = format!("/workspace/{ws}/snapshot");
-    let body = json!({ "after": after });
-    slow("copying disk and memory", client.post(&path, &body)).await
+    let body = json!({ "after": after, "memory": memory });
+    let what = if memory {
+        "copying disk and memory"
+    } else {
+        "copying the disk"
+    };
+    slow(what, client.post(&path, &body)).await
 }
 
 /// Shows that something long goes on.

@@ -20,10 +20,15 @@ pub async fn run(app: Arc<App>, mut stop: watch::Receiver<bool>) {
     let news = tokio::spawn(news(Arc::clone(&app)));
     loop {
         let pause = converge(&app).await;
-        tokio::time::sleep(RECONCILE_GAP).await;
+        let news = async {
+            tokio::time::sleep(RECONCILE_GAP).await;
+            app.wake.notified().await;
+        };
         tokio::select! {
-            () = app.wake.notified() => {}
-            () = tokio::time::sleep(pause) => {}
+            () = news => {}
+            // A request waits for it.
+            () = app.wanted.notified() => {}
+            () = tokio::time::sleep(pause.max(RECONCILE_GAP)) => {}
             _ = stop.wait_for(|s| *s) => break,
         }
     }
@@ -48,6 +53,9 @@ async fn news(app: Arc<App>) {
             Ok(changes) => {
                 since = changes.seq;
                 if !changes.states.is_empty() {
+                    if changes.states.iter().any(|a| a.wanted) {
+                        app.wanted.notify_one();
+                    }
                     changes.states.into_iter().for_each(|a| app.actual_note(a));
                     app.wake.notify_one();
                 }

@@ -238,6 +238,9 @@ async fn a_snapshot_is_taken_restored_and_forked() {
             assert_eq!(got.body["workspace"]["status"], status, "{after}");
             assert!(got.body["snapshot"]["created_at"].is_string());
         }
+        let got = post(&w, &id, "snapshot", json!({ "memory": "no" })).await;
+        assert_eq!(got.status, 422);
+        assert!(got.body["message"].as_str().unwrap().contains("memory"));
         let got = post(&w, &id, "snapshot", json!({ "after": "sleep" })).await;
         assert_eq!(got.status, 422);
         assert!(got.body["message"].as_str().unwrap().contains("after"));
@@ -246,6 +249,18 @@ async fn a_snapshot_is_taken_restored_and_forked() {
         assert_eq!(up.body["workspace"]["status"], "running", "{up:?}");
         let restore = intents(&w, "workspace.restore").pop().unwrap();
         assert_eq!(restore.lease.unwrap().also.len(), 2);
+
+        // Of the disk only: neither it nor a restore from it opens a memory.
+        let kept = post(&w, &id, "snapshot", json!({ "memory": false })).await;
+        assert_eq!(kept.body["snapshot"]["memory"], false, "{kept:?}");
+        let snapshot = intents(&w, "workspace.snapshot").pop().unwrap();
+        assert_eq!(snapshot.lease.unwrap().also, []);
+        let up = post(&w, &id, "restore", json!({})).await;
+        assert_eq!(up.body["workspace"]["status"], "running", "{up:?}");
+        let restore = intents(&w, "workspace.restore").pop().unwrap();
+        let also: Vec<_> = restore.lease.unwrap().also;
+        assert_eq!(also.len(), 1);
+        assert_eq!(also[0].purpose, Purpose::SnapshotDisk);
 
         let fork = post(&w, &id, "fork", json!({ "name": "twin" })).await;
         assert_eq!(fork.status, 201, "{fork:?}");

@@ -16,13 +16,10 @@ use crate::sidecar::{Keys, Sidecar};
 use crate::volume::Volume;
 
 /// Opens the volume in `backing` with its sidecar in `tags`, or makes both, if `format` says that
-/// the files are new. `template` is a raw file system that a new volume begins with. Without
-/// `tags` it is a volume without integrity.
+/// the files are new. `template` is a raw file system that a new volume begins with.
 ///
 /// # Errors
-/// Those of [`luks2::open`], [`luks2::create`], [`Sidecar::open`] and [`Volume::new`];
-/// [`DiskError::Occupied`] if a file said to be new holds a volume; [`DiskError::Tampered`] if the
-/// disk had a past and its file is said to be new.
+/// Those of [`open`] and [`create`].
 pub fn open_or_format<B: Backing>(
     backing: B,
     tags: Option<B>,
@@ -32,17 +29,66 @@ pub fn open_or_format<B: Backing>(
     size_bytes: u64,
 ) -> Result<Volume<B>, DiskError> {
     if !format {
-        let Some(tags) = tags else {
-            let key = luks2::open(&backing, &grant.disk_key, &grant.workspace)?;
-            return Volume::new(backing, &key, size_bytes);
-        };
-        // Tags first: of the header nothing is believed that its tag does not fit.
-        let keys = Keys::derive(grant.disk_key.expose())?;
-        let (anchor, sectors) = (grant.anchor.as_ref(), size_bytes / SECTOR_BYTES as u64);
-        let sidecar = Sidecar::open(tags, &backing, keys, sectors, grant.run, anchor)?;
-        let key = luks2::open(&backing, &grant.disk_key, &grant.workspace)?;
-        return Volume::with_sidecar(backing, sidecar, &key, size_bytes);
+        return open(backing, tags, grant, size_bytes);
     }
+    create(backing, tags, grant, size_bytes, |volume| match template {
+        Some(template) => copy_template(template, volume),
+        None => Ok(()),
+    })
+}
+
+/// Opens the volume that is there. Without `tags` it is a volume without integrity.
+///
+/// # Errors
+/// Those of [`luks2::open`], [`Sidecar::open`] and [`Volume::new`].
+pub fn open<B: Backing>(
+    backing: B,
+    tags: Option<B>,
+    grant: &Grant<'_>,
+    size_bytes: u64,
+) -> Result<Volume<B>, DiskError> {
+    let Some(tags) = tags else {
+        let key = luks2::open(&backing, &grant.disk_key, &grant.workspace)?;
+        return Volume::new(backing, &key, size_bytes);
+    };
+    // Tags first: of the header nothing is believed that its tag does not fit.
+    let keys = Keys::derive(grant.disk_key.expose())?;
+    let (anchor, sectors) = (grant.anchor.as_ref(), size_bytes / SECTOR_BYTES as u64);
+    let sidecar = Sidecar::open(tags, &backing, keys, sectors, grant.run, anchor)?;
+    let key = luks2::open(&backing, &grant.disk_key, &grant.workspace)?;
+    Volume::with_sidecar(backing, sidecar, &key, size_bytes)
+}
+
+/// Makes a volume that begins with what `fill` writes. Until that is durable it is none, so that
+/// nothing of it goes through the journal.
+///
+/// # Errors
+/// Those of [`luks2::create`] and [`Volume::new`], and `fill`'s; [`DiskError::Occupied`] if a file
+/// said to be new holds a volume; [`DiskError::Tampered`] if the disk had a past and its file is said
+/// to be new.
+pub fn create<B: Backing>(
+    backing: B,
+    tags: Option<B>,
+    grant: &Grant<'_>,
+    size_bytes: u64,
+    fill: impl FnOnce(&Volume<B>) -> Result<(), DiskError>,
+) -> Result<Volume<B>, DiskError> {
+    let volume = begin(backing, tags, grant, size_bytes, fill)?;
+    volume.finish()?;
+    Ok(volume)
+}
+
+/// As [`create`], but for its end: it is no volume before [`Volume::close`].
+///
+/// # Errors
+/// Those of [`create`].
+pub fn begin<B: Backing>(
+    backing: B,
+    tags: Option<B>,
+    grant: &Grant<'_>,
+    size_bytes: u64,
+    fill: impl FnOnce(&Volume<B>) -> Result<(), DiskError>,
+) -> Result<Volume<B>, DiskError> {
     if grant.anchor.is_some() {
         return Err(DiskError::Tampered {
             what: "its file is gone, and it was in use before",
@@ -65,14 +111,11 @@ pub fn open_or_format<B: Backing>(
             Volume::with_sidecar(backing, sidecar, &key, size_bytes)?
         }
     };
-    if let Some(template) = template {
-        copy_template(template, &volume)?;
-    }
+    fill(&volume)?;
     volume
         .sync()
         .map_err(DiskError::io("syncing a new volume"))?;
     luks2::create(volume.backing(), &key, &grant.disk_key, &grant.workspace)?;
-    volume.finish()?;
     Ok(volume)
 }
 

@@ -82,7 +82,7 @@ pub enum Way {
 }
 
 /// Copies all sectors that `from` has, and that are not zeros. All that was written to `from` must
-/// have reached its file. Not durable before `to` is synced.
+/// have reached its file. Not durable before `to` is synced, or made.
 ///
 /// # Errors
 /// [`DiskError::Size`] if they don't fit; the volumes'.

@@ -22,7 +22,7 @@ use seal::secret::{harden_process, install_secret_heap};
 use crate::DiskError;
 use crate::bucket::Limiter;
 use crate::control::Control;
-use crate::format::open_or_format;
+use crate::format::{self, open_or_format};
 use crate::fuse::{Content as _, End, Serving, Worker};
 use crate::grant::{self, Grant};
 use crate::identity::Identity;
@@ -230,26 +230,30 @@ fn open(
     // A copy takes the place of the disk that the anchor is of: it is new under a later start.
     let anchor = grant.anchor.clone().filter(|_| from.is_none());
     let grant = Grant { anchor, ..grant };
-    let volume = open_or_format(
-        files.backing,
-        Some(files.tags),
-        template.as_ref(),
-        &grant,
-        opened.format,
-        size_bytes,
-    )
-    .map_err(|error| match files.content {
-        Content::Saved => unclosed(error),
-        Content::Disk | Content::Saving => error,
-    })?;
-    let note = match &from {
-        Some((from, note)) => {
-            image::copy(from, &volume, Way::FromImage)?;
-            volume.close().map_err(DiskError::io("syncing a copy"))?;
-            Some(note.clone())
+    let (backing, tags) = (files.backing, Some(files.tags));
+    let (volume, note) = match (files.content, from) {
+        // None before it is closed: whoever writes it keeps it then, or not at all.
+        (Content::Saving, _) => {
+            let volume = format::begin(backing, tags, &grant, size_bytes, |_| Ok(()))?;
+            (volume, None)
         }
-        None if files.content == Content::Saved => Some(image::note_read(&volume)?),
-        None => None,
+        (Content::Saved, _) => {
+            let volume = format::open(backing, tags, &grant, size_bytes).map_err(unclosed)?;
+            let note = image::note_read(&volume)?;
+            (volume, Some(note))
+        }
+        (Content::Disk, Some((from, note))) if opened.format => {
+            let copy = |to: &_| image::copy(&from, to, Way::FromImage);
+            let volume = format::create(backing, tags, &grant, size_bytes, copy)?;
+            (volume, Some(note))
+        }
+        (Content::Disk, Some(_)) => return Err(out_of_turn()),
+        (Content::Disk, None) => {
+            let template = template.as_ref();
+            let volume =
+                open_or_format(backing, tags, template, &grant, opened.format, size_bytes)?;
+            (volume, None)
+        }
     };
     let witness = Witness::new(grant.disk_key.expose(), grant.workspace.clone());
     let _first = teller.witness.set(witness);
@@ -276,8 +280,7 @@ fn image_open(
         });
     }
     let size_bytes = image::size_bytes(&volume)?;
-    let volume = open_or_format(volume, Some(tags), None, &grant, false, size_bytes);
-    let volume = volume.map_err(unclosed)?;
+    let volume = format::open(volume, Some(tags), &grant, size_bytes).map_err(unclosed)?;
     let note = image::note_read(&volume)?;
     Ok((volume, note))
 }
@@ -315,10 +318,11 @@ fn copy_out(
     // From here on all of it is in the file that is copied.
     disk.anchor().map_err(DiskError::io(syncing))?;
     let size_bytes = disk.size_bytes() + NOTE_AREA_BYTES;
-    let image = open_or_format(volume, Some(tags), None, &grant, true, size_bytes)?;
-    image::copy(disk, &image, Way::ToImage)?;
-    image::note_write(&image, note)?;
-    image.close().map_err(DiskError::io("syncing a snapshot"))
+    let copy = |image: &_| {
+        image::copy(disk, image, Way::ToImage)?;
+        image::note_write(image, note)
+    };
+    format::create(volume, Some(tags), &grant, size_bytes, copy).map(drop)
 }
 
 fn state(volume: &Volume<File>) -> Anchor {

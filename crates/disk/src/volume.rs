@@ -219,7 +219,8 @@ impl<B: Backing> Volume<B> {
         }
     }
 
-    /// As [`Volume::sync`], and leaves the sidecar without a journal.
+    /// As [`Volume::sync`], and leaves the sidecar without a journal. A volume that was only begun
+    /// is one from here on.
     ///
     /// # Errors
     /// Like [`Volume::sync`].
@@ -252,7 +253,9 @@ impl<B: Backing> Volume<B> {
     /// Ends the making of a volume: see [`Sidecar::finish`].
     pub(crate) fn finish(&self) -> Result<(), DiskError> {
         match &self.shared.sidecar {
-            Some(sidecar) => sidecar.finish(&self.shared.backing),
+            Some(sidecar) => sidecar
+                .finish(&self.shared.backing)
+                .map_err(DiskError::io("making the sidecar")),
             None => Ok(()),
         }
     }

@@ -108,6 +108,16 @@ impl Workspace {
             Stage::CopyKeyed => {
                 let key = saving.released.take().ok_or_else(lost)?;
                 peers.copy_grant(slot, key).await?;
+                if memory_of(&saving.lease).is_none() {
+                    // What the snapshot before it kept of memory goes with no disk any more; a VM that
+                    // was restored runs on it yet, and then it stays until the next.
+                    match peers.object_erase(&self.id, memory, None).await {
+                        Err(e) if e.code != ErrorCode::Conflict => return Err(e),
+                        _ => {}
+                    }
+                    self.snapshot = self.saving.take().and_then(|s| s.lease.object);
+                    return Ok(());
+                }
                 Stage::Copied
             }
             Stage::Copied => {

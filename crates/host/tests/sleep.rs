@@ -189,6 +189,16 @@ async fn a_snapshot_is_restored_and_forked_and_stays() {
         assert!(has(&w, 1, Purpose::SnapshotMemory) && has(&w, 1, Purpose::SnapshotDisk));
         w.bring(1, Power::Stopped).await;
     }
+    // Of the disk only: no memory is saved, and that of the one before goes.
+    w.bring(1, Power::Running).await;
+    let before = w.doubles.state().asked.len();
+    let opens = [(1, Purpose::SnapshotDisk, 2)];
+    let kept = w.act(1, Power::Running, &opens).await;
+    let id = Some(ObjectId::from_bytes([2; 8]));
+    assert_eq!((kept.state, kept.snapshot), (Running, id));
+    let asked = w.doubles.state().asked[before..].to_vec();
+    assert!(!asked.iter().any(|a| a.contains("memory")), "{asked:?}");
+    assert!(!has(&w, 1, Purpose::SnapshotMemory) && has(&w, 1, Purpose::SnapshotDisk));
     let opens = [(2, Purpose::Disk, 0), (1, Purpose::SnapshotDisk, 2)];
     let fork = w.act(2, Power::Running, &opens).await;
     assert_eq!(fork.state, Running);

@@ -99,6 +99,27 @@ impl Bare {
         Ok(took)
     }
 
+    /// Saves the memory of a restored VM to a new plain file, as the platform has it saved, until
+    /// the file is durable.
+    pub(super) fn save(&mut self, memory_mib: u32, to: &Path) -> Result<Duration> {
+        let template = self.template.clone().context("there is no template")?;
+        let state = File::open(template.join("state"))?;
+        fcntl_setfd(&state, FdFlags::empty())?;
+        let spec = self.spec(How::Template, memory_mib);
+        let mut vm = self.start(argv(&spec), Some(&state))?;
+        vm.qemu.restore()?;
+        vm.qemu.cont()?;
+        vm.agent.write_all(b"{}\n")?;
+        vm.line()?;
+        vm.qemu.stop()?;
+        // For writing only: QEMU wants a descriptor's very access mode.
+        let file = File::options().write(true).create_new(true).open(to)?;
+        let began = Instant::now();
+        vm.qemu.memory_save(file.as_fd())?;
+        file.sync_data()?;
+        Ok(began.elapsed())
+    }
+
     /// From nothing to the agent's `booted`.
     pub(super) fn cold(&mut self, memory_mib: u32) -> Result<Duration> {
         let began = Instant::now();

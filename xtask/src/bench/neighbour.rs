@@ -6,7 +6,7 @@
 
 use super::platform::{Platform, create, delete, exec};
 use super::{Args, median, runtime, say};
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use cli::client::Client;
 use std::time::{Duration, Instant};
 
@@ -39,13 +39,15 @@ const FLOOD: &str = r"
 import os, socket, subprocess, sys, time
 kind, seconds, gateway = sys.argv[1], float(sys.argv[2]), sys.argv[3]
 end = time.monotonic() + seconds
+lines = [line.split() for line in open('/proc/meminfo')]
+free = next(int(line[1]) << 10 for line in lines if line[0] == 'MemAvailable:') * 3 // 4 // 4
 def cpu():
     while time.monotonic() < end: pass
 def memory():
-    kept = []
+    # Of its own VM's memory what is free, and not more: one that thrashes floods with reads.
     while time.monotonic() < end:
-        try: kept.append(b'x' * (4 << 20))
-        except MemoryError: kept.clear()
+        kept = []
+        while len(kept) << 22 < free and time.monotonic() < end: kept.append(b'x' * (4 << 20))
 def forks():
     while time.monotonic() < end:
         for _ in range(200):
@@ -94,6 +96,8 @@ const KINDS: &[&str] = &[
 ];
 
 pub(super) fn run(args: &Args) -> Result<()> {
+    let unknown = args.kinds.iter().find(|k| !KINDS.contains(&k.as_str()));
+    ensure!(unknown.is_none(), "floods are {}", KINDS.join(", "));
     let runtime = runtime()?;
     let platform = Platform::up_limited(&args.artifacts, 2)?;
     platform.pool_wait()?;
@@ -104,7 +108,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
     platform.pool_wait()?;
     let slot = platform.probe().slot(&attacker)?;
     let mut worst = f64::INFINITY;
-    for kind in KINDS {
+    let asked = |kind: &&str| args.kinds.is_empty() || args.kinds.iter().any(|k| k == kind);
+    for kind in KINDS.iter().copied().filter(asked) {
         let (mut alone, mut beside, mut used) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..args.runs.div_ceil(5) {
             let token = runtime.block_on(client.runtime_token(&victim))?;

@@ -8,7 +8,7 @@ use reqwest::Method;
 use serde_json::{Value, json};
 use service::config::Config;
 use service::paths::Paths;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -21,22 +21,31 @@ pub(super) struct Platform {
     pub(super) paths: Paths,
     pub(super) config: Config,
     casemate: PathBuf,
+    /// Of its daemons' logs.
+    level: &'static str,
 }
 
 impl Platform {
     /// Starts one under `target/bench-root`; `fresh`: from nothing.
     pub(super) fn up(artifacts: &Path, pool_size: u32, fresh: bool) -> Result<Self> {
-        let limits = service::config::Limits {
-            disk_bytes_per_s: 1 << 40,
-            disk_ops_per_s: 1_000_000,
-            ..Default::default()
-        };
-        Self::up_with(artifacts, pool_size, fresh, limits)
+        Self::up_with(artifacts, pool_size, fresh, unlimited(), "info")
+    }
+
+    /// The same from nothing, with each step of host in its log: see [`Platform::step_ms`].
+    pub(super) fn up_told(artifacts: &Path, pool_size: u32) -> Result<Self> {
+        let limits = unlimited();
+        Self::up_with(
+            artifacts,
+            pool_size,
+            true,
+            limits,
+            "info,host=debug,control=debug",
+        )
     }
 
     /// The same with the limits that an installation has by default.
     pub(super) fn up_limited(artifacts: &Path, pool_size: u32) -> Result<Self> {
-        Self::up_with(artifacts, pool_size, false, Default::default())
+        Self::up_with(artifacts, pool_size, false, Default::default(), "info")
     }
 
     fn up_with(
@@ -44,6 +53,7 @@ impl Platform {
         pool_size: u32,
         fresh: bool,
         limits: service::config::Limits,
+        level: &'static str,
     ) -> Result<Self> {
         ensure!(
             rustix::process::geteuid().is_root(),
@@ -53,7 +63,9 @@ impl Platform {
         let paths = Paths::new(target.join("bench-root"));
         let mut config = Config::default();
         config.installation.name = "bench".into();
-        config.edge.listen = vec![SocketAddr::from((Ipv4Addr::LOCALHOST, 7543))];
+        // Free a moment ago.
+        let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?;
+        config.edge.listen = vec![free];
         config.network.base = Ipv4Addr::new(10, 118, 0, 0);
         config.host.pool_size = pool_size;
         config.limits = limits;
@@ -61,6 +73,7 @@ impl Platform {
             paths,
             config,
             casemate: target.join("release/casemate"),
+            level,
         };
         me.casemate(&["down"]).ok();
         if fresh && me.paths.root().exists() {
@@ -111,6 +124,26 @@ impl Platform {
         status.into_iter().filter_map(|s| s.pid).collect()
     }
 
+    /// What the last such step of a workspace took, by host's log, ms.
+    pub(super) fn step_ms(&self, workspace: &str, step: &str) -> Result<f64> {
+        let path = self.paths.state("log").join("host.log");
+        let text = std::fs::read_to_string(&path).context("read host's log")?;
+        let of = |line: &str| {
+            let line: Value = serde_json::from_str(line).ok()?;
+            let fields = &line["fields"];
+            let fits = fields["workspace"] == workspace && fields["step"] == step;
+            fields["ms"].as_f64().filter(|_| fits)
+        };
+        let took = text.lines().rev().find_map(of);
+        took.with_context(|| format!("host's log has no step {step} of {workspace}"))
+    }
+
+    /// A workspace's object at rest: `disk`, `snapshot-memory`, …
+    pub(super) fn object_file(&self, workspace: &str, object: &str) -> PathBuf {
+        let name = format!("{workspace}.{object}/volume");
+        self.paths.state("volumes").join(name)
+    }
+
     /// What host says of itself.
     pub(super) fn host_info(&self) -> Result<api::host::Info> {
         let socket = self.paths.socket("host", "host");
@@ -124,6 +157,7 @@ impl Platform {
             .arg("--root")
             .arg(self.paths.root())
             .args(args)
+            .env("CASEMATE_LOG", self.level)
             .output()
             .with_context(|| format!("run {}", self.casemate.display()))?;
         let said = String::from_utf8_lossy(&out.stderr);
@@ -159,6 +193,21 @@ impl Drop for Platform {
             eprintln!("bench: {e:#}");
         }
     }
+}
+
+/// Limits that no measurement meets.
+fn unlimited() -> service::config::Limits {
+    service::config::Limits {
+        disk_bytes_per_s: 1 << 40,
+        disk_ops_per_s: 1_000_000,
+        ..Default::default()
+    }
+}
+
+/// What a file takes on its disk, MiB.
+pub(super) fn allocated_mib(file: &Path) -> Result<f64> {
+    let data = std::fs::metadata(file).with_context(|| format!("look at {}", file.display()))?;
+    Ok(std::os::unix::fs::MetadataExt::blocks(&data) as f64 / 2048.0)
 }
 
 /// Makes a workspace that the gateway may reach; its id.

@@ -60,6 +60,8 @@ pub struct App {
     pub kms_key: VerifyingKey,
     /// Wakes the reconciler.
     pub wake: Notify,
+    /// Wakes it at once: a request waits for a workspace that rests.
+    pub wanted: Notify,
     actuals: RwLock<HashMap<WorkspaceId, Actual>>,
     busy: Mutex<HashMap<WorkspaceId, u32>>,
     /// Disks that are not what they were.
@@ -127,6 +129,7 @@ impl App {
             mint_key: keys.0,
             kms_key: keys.1,
             wake: Notify::new(),
+            wanted: Notify::new(),
             actuals: RwLock::default(),
             busy: Mutex::default(),
             alarms: Mutex::default(),

@@ -239,6 +239,8 @@ async fn put_to_sleep(
                 row.doc.life.settle();
                 row.doc.life.memory = Some(object.clone());
                 row.doc.life.slept_ms = now_ms;
+                // What kept an earlier memory from waking says nothing of this one.
+                row.doc.life.wake_tried_ms = 0;
                 Ok(())
             })
             .await?;

@@ -1,5 +1,6 @@
 //! Snapshots: disk and memory, copied under keys of their own; one a workspace, the latest. Back to
-//! it, or from it into a new workspace.
+//! it, or from it into a new workspace. A fork needs the disk only: so a snapshot may do without
+//! memory.
 //!
 //! The row names a snapshot before it is taken and says when it was there: one that was interrupted
 //! is none. A restore ends what runs and replaces the disk; the snapshot stays.
@@ -36,18 +37,25 @@ pub enum After {
     Stop,
 }
 
-/// Takes a snapshot, in the place of the one before.
+/// Takes a snapshot, in the place of the one before; without `memory` of the disk only, as if the
+/// power had been cut at that moment.
 ///
 /// # Errors
 /// [`ErrorCode::VmNotRunning`], or why it could not be taken: the workspace runs on then.
-pub async fn snapshot_take(app: &Arc<App>, op: &Op, name: &str, after: After) -> api::Result<Seen> {
+pub async fn snapshot_take(
+    app: &Arc<App>,
+    op: &Op,
+    name: &str,
+    after: After,
+    memory: bool,
+) -> api::Result<Seen> {
     let (w, actual) = workspace_get(app, op, name).await?;
     ready(&w)?;
     let state = actual.as_ref().map(|a| a.state);
     if !matches!(state, Some(ActualState::Running | ActualState::Paused)) {
         return Err(Error::new(
             ErrorCode::VmNotRunning,
-            "a snapshot holds memory: only a running or paused workspace has one; start it first",
+            "a snapshot is of a running or paused workspace; start it first",
         ));
     }
     let _busy = app.busy(&w.id);
@@ -61,7 +69,10 @@ pub async fn snapshot_take(app: &Arc<App>, op: &Op, name: &str, after: After) ->
     let lease = Lease {
         purpose: Purpose::SnapshotDisk,
         object: Some(id.clone()),
-        also: vec![object(Purpose::SnapshotMemory)],
+        also: memory
+            .then(|| object(Purpose::SnapshotMemory))
+            .into_iter()
+            .collect(),
         ..app.lease_new(&w.id, &w.doc.host, &w.doc.config)
     };
     let receipt = app.audit.intent_with_lease(op, &act, &lease).await?;
@@ -82,6 +93,7 @@ pub async fn snapshot_take(app: &Arc<App>, op: &Op, name: &str, after: After) ->
                     id: id.clone(),
                     taken_ms: None,
                     resources,
+                    memory,
                 });
                 Ok(())
             })
@@ -140,9 +152,11 @@ pub async fn snapshot_restore(app: &Arc<App>, op: &Op, name: &str) -> api::Resul
         app.audit.outcome(op, &act, &stopped).await;
         stopped?
     };
-    match restore(app, op, &w, &snapshot, true).await {
+    match restore(app, op, &w, &snapshot, snapshot.memory).await {
         // Its disk is worth having without its memory.
-        Err(e) if e.code == ErrorCode::MemoryStale => restore(app, op, &w, &snapshot, false).await,
+        Err(e) if snapshot.memory && e.code == ErrorCode::MemoryStale => {
+            restore(app, op, &w, &snapshot, false).await
+        }
         restored => restored,
     }
 }

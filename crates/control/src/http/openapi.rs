@@ -268,7 +268,13 @@ fn schemas() -> Value {
         },
         "Snapshot": {
             "type": "object",
-            "properties": { "after": { "enum": ["resume", "pause", "stop"], "default": "resume" } },
+            "properties": {
+                "after": { "enum": ["resume", "pause", "stop"], "default": "resume" },
+                "memory": {
+                    "type": "boolean", "default": true,
+                    "description": "Keep memory too; a fork needs the disk only",
+                },
+            },
         },
         "Archive": {
             "type": "object",

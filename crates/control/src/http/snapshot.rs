@@ -16,7 +16,8 @@ pub async fn sleep(app: Arc<App>, op: Arc<Op>, call: Arc<Call>) -> api::Result<A
 pub async fn take(app: Arc<App>, op: Arc<Op>, call: Arc<Call>) -> api::Result<Answer> {
     let after = call.body.one_of("after", "resume, pause, stop")?;
     let after = after.unwrap_or_default();
-    let seen = app_snapshot::snapshot_take(&app, &op, call.ws(), after).await?;
+    let memory = call.body.flag("memory")?.unwrap_or(true);
+    let seen = app_snapshot::snapshot_take(&app, &op, call.ws(), after, memory).await?;
     Ok(Answer::ok(json!({
         "snapshot": view::snapshot(&seen.0),
         "workspace": view::workspace(&seen),

@@ -111,6 +111,7 @@ pub fn snapshot(w: &Workspace) -> Value {
             "cpus": s.resources.cpus,
             "memory_mb": s.resources.memory_mb,
             "disk_size_mb": s.resources.disk_size_mb,
+            "memory": s.memory,
         }),
     }
 }

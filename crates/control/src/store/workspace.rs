@@ -176,6 +176,14 @@ pub struct Snapshot {
     pub taken_ms: Option<u64>,
     /// The size of what it is of.
     pub resources: Resources,
+    /// Whether it holds memory too.
+    #[serde(default = "yes")]
+    pub memory: bool,
+}
+
+/// What snapshots held before one could do without.
+fn yes() -> bool {
+    true
 }
 
 impl Life {

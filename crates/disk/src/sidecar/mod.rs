@@ -236,15 +236,15 @@ impl<B: Backing> Sidecar<B> {
     ///
     /// # Errors
     /// The files'.
-    pub fn finish(&self, data: &B) -> Result<(), DiskError> {
-        let making = DiskError::io("making the sidecar");
+    pub fn finish(&self, data: &B) -> io::Result<()> {
         let mut commit = self.committer();
         assert!(self.is_making());
-        let done = header_tag(&self.keys.tagger, data).and_then(|header| {
-            commit.header = header;
-            self.checkpoint(&mut commit, data)
-        });
-        done.map_err(making)?;
+        self.make(&mut commit, data)
+    }
+
+    fn make(&self, commit: &mut Commit, data: &B) -> io::Result<()> {
+        commit.header = header_tag(&self.keys.tagger, data)?;
+        self.checkpoint(commit, data)?;
         self.making.store(false, Ordering::SeqCst);
         Ok(())
     }
@@ -316,8 +316,12 @@ impl<B: Backing> Sidecar<B> {
         sectors: &[[u8; SECTOR_BYTES]],
         tags: &[Tag],
     ) -> io::Result<()> {
-        if self.making.load(Ordering::SeqCst) {
+        if self.is_making() {
             data.write_at(place(first), sectors.as_flattened())?;
+            {
+                let mut commit = self.committer();
+                (commit.unsynced, commit.uncarried) = (true, true);
+            }
             return self.note_making(first, tags);
         }
         while !self
@@ -417,11 +421,17 @@ impl<B: Backing> Sidecar<B> {
         Ok(())
     }
 
-    /// As [`Sidecar::sync`], and leaves a state without a journal: the end of a start.
+    /// As [`Sidecar::sync`], and leaves a state without a journal: the end of a start. One that is
+    /// being made is made.
     ///
     /// # Errors
     /// As [`Sidecar::sync`].
     pub fn close(&self, data: &B) -> io::Result<()> {
+        let mut commit = self.committer();
+        if self.is_making() {
+            return self.make(&mut commit, data);
+        }
+        drop(commit);
         self.sync(data)?;
         let mut commit = self.committer();
         if commit.journal_at == 0 {

@@ -410,7 +410,8 @@ impl Doubles {
                 workspace, purpose, ..
             } => {
                 let on = |x: &Slot| x.at.workspace.as_ref() == Some(&workspace);
-                assert!(!s.slots.values().any(on));
+                // No VM comes from what is erased; a snapshot's memory is nobody's that runs.
+                assert!(purpose == Purpose::SnapshotMemory || !s.slots.values().any(on));
                 s.objects.remove(&(workspace, purpose.label()));
                 ok(&true)
             }
