@@ -243,10 +243,10 @@ fn archives_are_ciphertext_and_go_with_what_they_are_of() {
     };
     let first = make(&["--path", "/root/in", "--exclude", "/root/in/not"]);
     assert_eq!(
-        (&first["archive"]["version"], &first["archive"]["entries"]),
+        (&first["version"], &first["entries"]),
         (&"1".into(), &4.into())
     );
-    let size = first["archive"]["size"].as_u64().unwrap();
+    let size = first["size"].as_u64().unwrap();
     assert!(size > 8 << 20 && size < 9 << 20, "{size}");
     make(&["--version", "etc", "--path", "/etc"]);
     let listed = |u: &User<'_>| {
