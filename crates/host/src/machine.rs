@@ -21,7 +21,9 @@
 //! - A wish without a token state is of a workspace whose key and tokens are being made: its start
 //!   goes on to an attested disk, beside that, and waits there.
 //! - A VM whose start failed at any step is closed and never used again: it may hold an identity.
-//! - Rules are set before the guest runs, and before anything else whenever they changed.
+//! - Rules are set before the guest runs, and before anything else whenever they changed. Those of a
+//!   guest that wakes are set once it is up: it has reseeded and has another TLS key by then, and
+//!   until then no packet passes its slot, either way.
 //! - A stop asks the guest (`shutdown`); a delete does not: its key is gone anyway.
 //! - A sleep or snapshot that fails leaves the workspace as it was: what was begun is dropped, and
 //!   the guest goes on. A wake that fails before its disk is granted leaves it asleep.
@@ -107,6 +109,8 @@ pub struct Facts {
     pub saving: Option<(Act, Stage)>,
     /// The rules in force are those wanted.
     pub net_current: bool,
+    /// It comes up from saved memory.
+    pub waking: bool,
     /// What a lease that was not used is for.
     pub lease: Option<Act>,
     /// The workspace has its key and its tokens.
@@ -188,7 +192,7 @@ pub fn next(power: Power, facts: &Facts) -> Step {
         (_, Vm::MemoryAttested) => Step::MemoryKey,
         (_, Vm::MemoryKeyed) => Step::MemoryGrant,
         (_, Vm::Claimed) => Step::DiskOpen,
-        (_, Vm::Attested | Vm::DiskIn) if !facts.net_current => Step::NetSet,
+        (_, Vm::Attested | Vm::DiskIn) if !facts.net_current && !facts.waking => Step::NetSet,
         (_, Vm::Attested) if !facts.provisioned => Step::Rest,
         (_, Vm::Attested) => Step::KeyRelease,
         (_, Vm::Keyed) => Step::DiskGrant,
@@ -316,14 +320,17 @@ mod tests {
     fn done(step: Step, mut f: Facts) -> Facts {
         match step {
             Step::Claim => (f.vm, f.net_current) = (Vm::Claimed, false),
-            Step::MemoryOpen => f.vm = Vm::MemoryAttested,
+            Step::MemoryOpen => {
+                (f.vm, f.net_current, f.waking) = (Vm::MemoryAttested, false, true);
+            }
             Step::MemoryKey => f.vm = Vm::MemoryKeyed,
-            Step::MemoryGrant => (f.vm, f.net_current) = (Vm::Claimed, false),
+            Step::MemoryGrant => f.vm = Vm::Claimed,
             Step::DiskOpen => f.vm = Vm::Attested,
             Step::KeyRelease => (f.vm, f.lease) = (Vm::Keyed, None),
             Step::DiskGrant => (f.vm, f.memory) = (Vm::DiskIn, false),
             Step::NetSet => f.net_current = true,
-            Step::Attach | Step::Resume => f.vm = Vm::Running,
+            Step::Attach => (f.vm, f.waking) = (Vm::Running, false),
+            Step::Resume => f.vm = Vm::Running,
             Step::Pause => f.vm = Vm::Paused,
             Step::Save(act, stage) => {
                 f.lease = None;
@@ -336,7 +343,7 @@ mod tests {
             Step::Forget => f.memory = false,
             Step::ArchivesSweep => f.archives_current = true,
             Step::Shutdown => (f.vm, f.saving) = (Vm::Down, None),
-            Step::Close => (f.vm, f.saving) = (Vm::Absent, None),
+            Step::Close => (f.vm, f.saving, f.waking) = (Vm::Absent, None, false),
             Step::Erase => (f.erased, f.memory) = (true, false),
             Step::Rest => {}
         }
@@ -361,15 +368,22 @@ mod tests {
         let b = any::<bool>;
         let saving = proptest::option::of((2..ACTS.len(), 0..STAGES.len()));
         let lease = proptest::option::of(0..ACTS.len());
-        let bits = (b(), b(), b(), b(), b(), b(), b());
+        let bits = (b(), b(), b(), b(), b(), b(), b(), b());
         (0..VMS.len(), saving, lease, bits).prop_map(
-            |(vm, saving, lease, (n, p, e, m, r, u, a))| {
+            |(vm, saving, lease, (n, p, e, m, r, u, a, w))| {
                 let vm = VMS[vm];
                 let up = matches!(vm, Vm::Running | Vm::Paused);
+                let waking = match vm {
+                    Vm::Absent | Vm::Running | Vm::Paused => false,
+                    Vm::MemoryAttested | Vm::MemoryKeyed => true,
+                    _ => w,
+                };
                 Facts {
                     vm,
                     saving: saving.map(|(a, s)| (ACTS[a], STAGES[s])).filter(|_| up),
-                    net_current: n,
+                    // A slot that was made for saved memory begins closed.
+                    net_current: n && !waking,
+                    waking,
                     lease: lease.map(|a| ACTS[a]),
                     provisioned: p,
                     erased: e,
@@ -388,6 +402,7 @@ mod tests {
             vm: Vm::Absent,
             saving: None,
             net_current: true,
+            waking: false,
             lease: Some(lease),
             provisioned: true,
             erased: false,
@@ -468,10 +483,10 @@ mod tests {
                 Step::MemoryKey,
                 Step::MemoryGrant,
                 Step::DiskOpen,
-                Step::NetSet,
                 Step::KeyRelease,
                 Step::DiskGrant,
                 Step::Attach,
+                Step::NetSet,
             ]
         );
         // A start from the disk makes the memory stale: it goes first.
@@ -566,8 +581,10 @@ mod tests {
             prop_assert!(end.archives_current || deleted || end.vm == Vm::Attested);
             let at = |s| taken.iter().position(|t| *t == s);
             if let Some(attach) = at(Step::Attach) {
-                let own = taken.contains(&Step::Claim) || taken.contains(&Step::MemoryGrant);
-                prop_assert!(f.net_current && !own || at(Step::NetSet).unwrap() < attach);
+                let wakes = f.waking || taken.contains(&Step::MemoryGrant);
+                let set = at(Step::NetSet);
+                let claimed = taken.contains(&Step::Claim);
+                prop_assert!(wakes || f.net_current && !claimed || set.unwrap() < attach);
             }
             // And no key is asked for that is not made.
             prop_assert!(f.provisioned || !taken.contains(&Step::KeyRelease));
@@ -576,6 +593,22 @@ mod tests {
             prop_assert!(taken.iter().filter(claims).count() <= 1);
             if f.memory && taken.contains(&Step::Claim) {
                 prop_assert!(at(Step::Forget) < at(Step::Claim));
+            }
+        }
+
+        /// Whatever fails on the way, no packet passes to or from a guest that was woken before it
+        /// said that it is up, which it says when it has reseeded and has another TLS key; and none
+        /// to or from one that started before its own rules stand.
+        #[test]
+        fn i28_no_packet_passes_a_woken_guest_before_it_has_reseeded(
+            f in facts(), p in 0..POWERS.len(), fails in proptest::collection::vec(any::<bool>(), 24),
+        ) {
+            let mut f = f;
+            for fail in fails {
+                let step = next(POWERS[p], &f);
+                prop_assert!(!(f.waking && step == Step::NetSet), "{f:?}");
+                prop_assert!(step != Step::Attach || f.waking != f.net_current, "{f:?}");
+                f = if fail { broken(step, f) } else { done(step, f) };
             }
         }
 

@@ -278,6 +278,7 @@ impl Workspace {
             lease: self
                 .lease(desired)
                 .map(|(lease, _)| save::act_of(lease, desired)),
+            waking: self.waking.is_some(),
             provisioned: !desired.token_state.is_empty(),
             erased: self.erased,
             memory: self.memory,

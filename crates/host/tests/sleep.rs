@@ -17,15 +17,16 @@ const SLEEP: [&str; 6] = [
     "vmctl.memory_save",
     "warden.memory_end",
 ];
-/// What a wake asks until its memory is used up, and what after it.
-const WAKE: [&str; 6] = [
+/// What a wake asks until its memory is used up.
+const WAKE: [&str; 5] = [
     "warden.memory_open",
     "kms.release",
     "warden.memory_grant",
     "warden.disk_open",
-    "warden.net_set",
     "warden.disk_grant",
 ];
+/// And after it.
+const WOKEN: [&str; 2] = ["vmctl.wake", "warden.net_set"];
 const SNAPSHOT: [&str; 8] = [
     "vmctl.pause",
     "warden.snapshot_disk_open",
@@ -89,8 +90,12 @@ async fn a_workspace_sleeps_and_wakes_with_its_memory_once() {
     assert_eq!(asked.collect::<Vec<_>>(), SLEEP);
     assert!(w.slots_of(1).is_empty() && has(&w, 1, Purpose::Memory));
 
+    let before = w.doubles.state().asked.len();
     let up = wake(&mut w, 1, 1).await;
     assert_eq!((up.state, up.memory), (Running, false));
+    let asked = w.doubles.state().asked[before..].to_vec();
+    let asked = asked.iter().filter(|a| WOKEN.contains(&a.as_str()));
+    assert_eq!(asked.collect::<Vec<_>>(), WOKEN, "its network opens last");
     assert_eq!(up.started_from.as_deref(), Some("wake"));
     assert!(up.ip.is_some() && !has(&w, 1, Purpose::Memory));
 
@@ -287,14 +292,19 @@ async fn a_kill_after_each_step_of_a_sleep_leaves_it_running_or_asleep() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_kill_after_each_step_of_a_wake_loses_no_memory_in_silence() {
     let mut w = World::new(0).await;
-    for (n, step) in WAKE.iter().chain(&["vmctl.wake"]).enumerate() {
+    for (n, step) in WAKE.iter().chain(&WOKEN).enumerate() {
         let n = u8::try_from(n).unwrap() + 1;
         w.bring(n, Power::Running).await;
         sleep(&mut w, n, 1).await;
         let opens = [(n, Purpose::Disk, 0), (n, Purpose::Memory, 1)];
         kill_at(&mut w, n, Power::Running, &opens, step).await;
         match *step {
-            "vmctl.wake" => assert_eq!(rests(&w, n).await, (Running, false)),
+            "vmctl.wake" | "warden.net_set" => {
+                assert_eq!(rests(&w, n).await, (Running, false));
+                let slots = w.slots_of(n);
+                let open = w.doubles.state().slots[&slots[0]].open.clone();
+                assert!(open.is_some(), "{step}: its network is as it should be");
+            }
             "warden.disk_grant" => {
                 assert_eq!(rests(&w, n).await, (Crashed, false), "{step}");
                 assert_eq!(w.bring(n, Power::Running).await.state, Running);

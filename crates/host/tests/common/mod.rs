@@ -431,7 +431,10 @@ impl Doubles {
                 ok(&all.collect::<Vec<_>>())
             }
             warden::Op::NetSet { slot, open, .. } => {
-                s.slots.get_mut(&slot).unwrap().open = Some(open);
+                let x = s.slots.get_mut(&slot).unwrap();
+                let up = matches!(x.vm, VmState::Running | VmState::Paused);
+                assert!(up || x.at.how != Start::Wake, "open before it reseeded");
+                x.open = Some(open);
                 ok(&true)
             }
             warden::Op::DiskAnchor { slot, end } => {
@@ -556,7 +559,7 @@ impl Doubles {
                     (x.at.state, x.vm),
                     (SlotState::DiskAttached, VmState::Created)
                 );
-                assert!(x.open.is_some(), "a guest runs without rules");
+                assert!(x.open.is_none(), "open before it reseeded");
                 assert_eq!(wake.ip, x.at.net.ip);
                 x.vm = VmState::Running;
                 return ok(&api::agent::Up {
