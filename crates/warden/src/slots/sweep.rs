@@ -5,6 +5,7 @@ use crate::fault::{At, Result, log};
 use crate::journal::{Record, Step};
 use crate::layout::remove;
 use api::Error;
+use api::warden::Start;
 use jail::limits::KILL_WAIT;
 use std::collections::BTreeMap;
 use volumes::serving::Disk;
@@ -71,7 +72,9 @@ impl Warden {
     }
 
     fn adopt(&self, record: &Record) -> Option<Slot> {
-        if !record.step.rests() || record.dead {
+        // What memory that was being woken goes with, the warden before this one knew alone.
+        let wakes = record.how == Start::Wake && record.step == Step::Open;
+        if !record.step.rests() || record.dead || wakes {
             return None;
         }
         let mut record = record.clone();
