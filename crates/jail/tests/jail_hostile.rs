@@ -35,6 +35,18 @@ fn i14_no_escape_has_an_effect_outside() {
 }
 
 #[test]
+fn i14_no_escape_of_a_woken_vmm_has_an_effect_on_what_it_was_woken_from() {
+    let world = World::new();
+    let rows = world::escapes_woken(&world);
+    world::print("a woken VMM and its saved memory", &rows);
+    assert!(rows.len() >= 30);
+    for row in &rows {
+        assert!(row.outside.is_empty(), "{row:?}");
+        assert!(row.held(), "{row:?}");
+    }
+}
+
+#[test]
 fn the_vmm_holds_what_the_plan_names_and_no_more() {
     let world = World::new();
     let mut jail = world.jail(2, Start::Template, &[]);

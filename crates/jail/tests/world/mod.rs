@@ -8,6 +8,7 @@
     missing_docs
 )]
 
+pub mod saved;
 pub mod tracer;
 
 use api::warden::Start;
@@ -129,11 +130,13 @@ impl World {
         if self.driver == Driver::Qemu {
             fds.push(tap);
         }
-        if how != Start::Template {
+        if matches!(how, Start::Cold | Start::Build) {
             fds.push(self.file("kernel", OFlags::PATH));
             fds.push(self.file("initramfs", OFlags::PATH));
         }
-        if how != Start::Cold {
+        if how == Start::Wake {
+            fds.extend(saved::served(&self.dir, slot));
+        } else if how != Start::Cold {
             let memory = if how == Start::Build {
                 "built"
             } else {
@@ -371,7 +374,9 @@ impl Outside {
     pub fn new(world: &World) -> Self {
         let dir = world.dir.join("outside");
         std::fs::create_dir(&dir).unwrap();
-        std::fs::write(dir.join("file"), "a secret").unwrap();
+        for file in ["file", "saved"] {
+            std::fs::write(dir.join(file), "a secret").unwrap();
+        }
         let open = std::fs::Permissions::from_mode(0o777);
         std::fs::set_permissions(&dir, open.clone()).unwrap();
         let name = world.dir.file_name().unwrap().to_str().unwrap().to_owned();
@@ -392,7 +397,7 @@ impl Outside {
         let victim = sleep.spawn().unwrap();
         let stream = UnixListener::bind(dir.join("socket")).unwrap();
         let datagram = UnixDatagram::bind(dir.join("datagram")).unwrap();
-        for socket in ["socket", "datagram", "file"] {
+        for socket in ["socket", "datagram", "file", "saved"] {
             std::fs::set_permissions(dir.join(socket), open.clone()).unwrap();
         }
         let address = SocketAddr::from_abstract_name(format!("{name}-s")).unwrap();
@@ -429,7 +434,7 @@ impl Outside {
         let address = u64::from_str_radix(maps.split('-').next().unwrap(), 16).unwrap();
         format!(
             "victim={} peer={} address={address} file={d}/file socket={d}/socket datagram={d}/datagram \
-             abstract=@{n}-s abstract_datagram=@{n}-d port={} large={}",
+             saved={d}/saved abstract=@{n}-s abstract_datagram=@{n}-d port={} large={}",
             self.victim.id(),
             peer.handle.proc.pid,
             self.tcp.local_addr().unwrap().port(),
@@ -487,6 +492,11 @@ impl Outside {
                 let len = if meta.is_file() { meta.len() } else { 0 };
                 let (mode, uid) = (meta.mode(), meta.uid());
                 writeln!(all, "file {}: {mode:o} {uid} {len} {sum}", path.display()).unwrap();
+                if saved::is_at_rest(&path) {
+                    // Larger than what is read of it.
+                    let written = (meta.mtime(), meta.mtime_nsec(), meta.blocks());
+                    writeln!(all, "saved memory: {written:?}").unwrap();
+                }
             }
         }
         let program = world.dir.join(CLOSURE).join("usr/bin/qemu-system-x86_64");
@@ -597,6 +607,7 @@ fn bound(escape: &str) -> Option<i64> {
 fn start_of(escape: &str) -> Start {
     match escape {
         "file above its size" => Start::Build,
+        _ if escape.contains("saved ") => Start::Wake,
         _ => Start::Template,
     }
 }
@@ -621,14 +632,24 @@ fn undo(world: &World, row: &Row) {
     }
 }
 
-/// Every escape, in a jail without `parts`.
+/// Every escape but of a woken VMM, in a jail without `parts`.
 pub fn escapes(world: &World, parts: &[Part]) -> Vec<Row> {
+    attempts(world, parts, false)
+}
+
+/// Every escape that is of a woken VMM only.
+pub fn escapes_woken(world: &World) -> Vec<Row> {
+    attempts(world, &[], true)
+}
+
+fn attempts(world: &World, parts: &[Part], woken: bool) -> Vec<Row> {
     // Whatever the jail does not keep in is kept in by this: the machine's name is nobody's toy.
     // SAFETY: this thread's namespaces only.
     let done = unsafe { libc::unshare(libc::CLONE_NEWUTS | libc::CLONE_NEWIPC) };
     assert_eq!(done, 0);
     let outside = Outside::new(world);
-    let mut peer = world.jail(7, Start::Template, &[]);
+    let peers = if woken { Start::Wake } else { Start::Template };
+    let mut peer = world.jail(7, peers, &[]);
     let args = outside.args(&peer);
     let mut jail: Option<(Start, Jail)> = None;
     let names = peer.ask("list", ANSWER).unwrap();
@@ -637,9 +658,16 @@ pub fn escapes(world: &World, parts: &[Part]) -> Vec<Row> {
     let mut rows = Vec::new();
     for (number, escape) in names.iter().enumerate() {
         let how = start_of(escape);
+        if woken != (how == Start::Wake) {
+            continue;
+        }
         let mut now = match jail.take() {
-            Some((had, jail)) if had == how => jail,
-            _ => world.jail(3, how, parts),
+            // Saved memory is opened for one attempt.
+            Some((had, jail)) if had == how && how != Start::Wake => jail,
+            before => {
+                drop(before);
+                world.jail(3, how, parts)
+            }
         };
         let before = outside.look(world, &peer);
         let end = now.call(&format!("try {number} {args}"));

@@ -5,6 +5,8 @@
 //! `reboot` and its like are wrong, bombs stop at a bound of their own.
 #![allow(unsafe_code, clippy::unwrap_used, missing_docs)]
 
+mod saved;
+
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
@@ -31,14 +33,14 @@ fn main() {
                 let class: u8 = words.next().unwrap().parse().unwrap();
                 sys(nr, arguments(class, buffer)).to_string()
             }
-            Some("list") => ESCAPES.iter().map(|e| e.0).collect::<Vec<_>>().join("|"),
+            Some("list") => saved::all().map(|e| e.0).collect::<Vec<_>>().join("|"),
             Some("try") => {
                 let number: usize = words.next().unwrap().parse().unwrap();
                 let args = words
                     .filter_map(|w| w.split_once('='))
                     .map(|(k, v)| (k.to_owned(), v.to_owned()))
                     .collect();
-                (ESCAPES[number].1)(&args).to_string()
+                (saved::all().nth(number).unwrap().1)(&args).to_string()
             }
             Some("descriptors") => descriptors(),
             Some("self") => about(),
