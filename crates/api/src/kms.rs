@@ -15,6 +15,9 @@ pub struct Backing {
     pub source: &'static [Purpose],
     /// The act of a standing policy that may stand in for a client's assertion.
     pub policy: Option<PolicyAct>,
+    /// The act makes the images that it names, each in the place of the one before; any other opens
+    /// those that are there.
+    pub begins: bool,
 }
 
 const fn backing(
@@ -27,6 +30,19 @@ const fn backing(
         own,
         source: &[],
         policy,
+        begins: false,
+    }
+}
+
+/// Of an act that makes images.
+const fn making(
+    event: &'static str,
+    own: &'static [Purpose],
+    policy: Option<PolicyAct>,
+) -> Backing {
+    Backing {
+        begins: true,
+        ..backing(event, own, policy)
     }
 }
 
@@ -39,7 +55,7 @@ pub const BACKINGS: &[Backing] = &[
         &[Purpose::Disk],
         Some(PolicyAct::Restart),
     ),
-    backing(
+    making(
         "workspace.sleep",
         &[Purpose::Memory],
         Some(PolicyAct::Sleep),
@@ -49,7 +65,7 @@ pub const BACKINGS: &[Backing] = &[
         &[Purpose::Disk, Purpose::Memory],
         Some(PolicyAct::Wake),
     ),
-    backing(
+    making(
         "workspace.snapshot",
         &[Purpose::SnapshotDisk, Purpose::SnapshotMemory],
         None,
@@ -68,6 +84,7 @@ pub const BACKINGS: &[Backing] = &[
         own: &[Purpose::Disk],
         source: &[Purpose::SnapshotDisk],
         policy: None,
+        begins: false,
     },
     backing("workspace.archive", &[Purpose::Archive], None),
     backing("workspace.archive_restore", &[Purpose::Archive], None),
@@ -231,7 +248,8 @@ pub struct Grant {
     /// What the key is for.
     #[serde(default)]
     pub purpose: Purpose,
-    /// The object's key: HKDF(workspace key, purpose, object, version), 32 bytes, hex.
+    /// The object's key: HKDF(workspace key, purpose, object, version), 32 bytes, hex. Of an image,
+    /// the object has the number of the act that began it.
     pub disk_key: String,
     /// Seed of the guest's Ed25519 identity, 32 bytes, hex; empty but for a disk.
     #[serde(default, skip_serializing_if = "String::is_empty")]

@@ -84,6 +84,7 @@ refusals! {
     Peer = "peer", "this process may not ask for this";
     Bounds = "bounds", "a field is out of bounds";
     Anchor = "anchor", "the statement is not by the workspace's disk, or of another history of it";
+    Image = "image", "it is not the last image of its kind, or memory that was woken already; start the workspace from its disk";
     Passphrase = "passphrase", "the passphrase is wrong";
 }
 
@@ -144,6 +145,14 @@ pub struct Cleared {
     pub attestation: Attestation,
     /// The attested process' key.
     pub hpke_pub: hpke::PublicKey,
+}
+
+impl Cleared {
+    /// The number of the act: its intent's place in the log and 1, so that a later act has a higher
+    /// one.
+    pub(crate) fn run(&self) -> u64 {
+        self.intent.index.saturating_add(1)
+    }
 }
 
 /// Checks a release: everything that does not need the store.

@@ -402,6 +402,10 @@ impl Inner {
             Ok(row) => Some(row),
             Err(why) => return Err(self.refuse(call, why, Some(workspace)).await),
         };
+        let name = match self.object_named(&cleared).await? {
+            Ok(name) => name,
+            Err(why) => return Err(self.refuse(call, why, Some(workspace)).await),
+        };
         let jti = match &cleared.authority {
             Authority::Assertion(a) => Some(a.jti.as_str()),
             Authority::Policy(_) => None,
@@ -427,11 +431,15 @@ impl Inner {
             Ok(found) => found,
             Err(r) => return Err(self.refuse(call, r, Some(workspace)).await),
         };
+        if let Err(why) = self.images_note(&cleared).await? {
+            return Err(self.refuse(call, why, Some(workspace)).await);
+        }
         let anchor = match cleared.object.purpose {
             Purpose::Disk => self.store.anchor(workspace).await?,
             _ => None,
         };
-        let released = self.seal_grant(&cleared, &key, w.version, anchor)?;
+        let object_key = purpose_key(&key, cleared.object.purpose, &name, w.version);
+        let released = self.seal_grant(&cleared, &key, object_key, anchor)?;
         if self.doomed().contains(workspace) {
             return Err(self.refuse(call, Refusal::Destroyed, Some(workspace)).await);
         }
@@ -457,17 +465,14 @@ impl Inner {
         &self,
         c: &Cleared,
         key: &Key,
-        version: u32,
+        object_key: Key,
         anchor: Option<Anchor>,
     ) -> api::Result<Released> {
         let hex_of = |key: Key| seal::Zeroizing::new(hex::encode(key.expose()));
         let Object {
-            workspace,
-            purpose,
-            id,
+            workspace, purpose, ..
         } = &c.object;
-        let object = id.as_ref().map_or(workspace.as_str(), |id| id.as_str());
-        let disk_key = hex_of(purpose_key(key, *purpose, object, version));
+        let disk_key = hex_of(object_key);
         // What is at rest beside a disk is nobody's identity.
         let seed = match purpose {
             Purpose::Disk => hex_of(identity_seed(key, workspace)),
@@ -476,7 +481,7 @@ impl Inner {
         let mut grant = Grant {
             workspace: workspace.clone(),
             start_id: c.lease.start_id.clone(),
-            run: c.intent.index.saturating_add(1),
+            run: c.run(),
             anchor,
             purpose: *purpose,
             disk_key: disk_key.to_string(),

@@ -21,6 +21,7 @@ mod destroy;
 pub mod duties;
 pub mod error;
 pub mod fault;
+mod image;
 pub mod init;
 pub mod keyring;
 pub mod kms;

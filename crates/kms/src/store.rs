@@ -3,6 +3,8 @@
 //! One writer at a time (a pool of one connection), readers beside it (WAL). A commit is durable
 //! when it returns (`synchronous=FULL`), and what is deleted is overwritten (`secure_delete`).
 
+mod image;
+
 use crate::error::KmsError;
 use crate::limits::{OUTBOX_MAX, STORE_WAIT};
 use api::kms::Anchor;
@@ -37,6 +39,9 @@ const SCHEMA: &[&str] = &[
     "CREATE TABLE IF NOT EXISTS anchor (
         workspace TEXT PRIMARY KEY REFERENCES workspace (id), run INTEGER NOT NULL,
         batch INTEGER NOT NULL, root TEXT NOT NULL, time_ms INTEGER NOT NULL) STRICT",
+    "CREATE TABLE IF NOT EXISTS image (
+        workspace TEXT NOT NULL REFERENCES workspace (id), purpose TEXT NOT NULL,
+        object TEXT NOT NULL, run INTEGER NOT NULL, PRIMARY KEY (workspace, purpose)) STRICT",
     "CREATE TABLE IF NOT EXISTS outbox (
         id INTEGER PRIMARY KEY AUTOINCREMENT, class TEXT NOT NULL, entry TEXT NOT NULL) STRICT",
 ];
@@ -586,12 +591,17 @@ pub async fn workspace_erase(
     .execute(&mut *conn)
     .await
     .map_err(KmsError::store("erase workspace key"))?;
-    // What is left of the disk is of no use to anyone.
-    sqlx::query("DELETE FROM anchor WHERE workspace = $1")
-        .bind(id.as_str())
-        .execute(conn)
-        .await
-        .map_err(KmsError::store("forget anchor"))?;
+    // What is left of disk and images is of no use to anyone.
+    for forget in [
+        "DELETE FROM anchor WHERE workspace = $1",
+        "DELETE FROM image WHERE workspace = $1",
+    ] {
+        sqlx::query(forget)
+            .bind(id.as_str())
+            .execute(&mut *conn)
+            .await
+            .map_err(KmsError::store("forget disk and images"))?;
+    }
     Ok(())
 }
 

@@ -18,6 +18,7 @@ mod anchor;
 mod crash;
 mod erase;
 mod hostile;
+mod image;
 mod purposes;
 
 async fn kms_pub(world: &World) -> VerifyingKey {

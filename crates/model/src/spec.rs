@@ -56,6 +56,15 @@ impl Purpose {
         Self::Archive,
     ];
 
+    /// Whether it is of memory or a disk at one moment: of each kind a workspace has one, the last.
+    #[must_use]
+    pub fn is_image(self) -> bool {
+        match self {
+            Self::Memory | Self::SnapshotDisk | Self::SnapshotMemory => true,
+            Self::Disk | Self::Archive => false,
+        }
+    }
+
     /// The name that goes into key derivation; never change one.
     #[must_use]
     pub fn label(self) -> &'static str {

@@ -8,7 +8,7 @@ use proptest::strategy::ValueTree;
 use proptest::test_runner::TestRunner;
 use std::collections::HashSet;
 
-fn object(ws: &WorkspaceId, purpose: Purpose, n: u8) -> Object {
+pub(super) fn object(ws: &WorkspaceId, purpose: Purpose, n: u8) -> Object {
     Object {
         workspace: ws.clone(),
         purpose,
@@ -17,7 +17,7 @@ fn object(ws: &WorkspaceId, purpose: Purpose, n: u8) -> Object {
 }
 
 /// A lease of `about` that opens `objects`, the first of which is its own.
-fn lease(w: &World, about: &WorkspaceId, objects: &[Object]) -> Lease {
+pub(super) fn lease(w: &World, about: &WorkspaceId, objects: &[Object]) -> Lease {
     Lease {
         purpose: objects[0].purpose,
         object: objects[0].id.clone(),
@@ -27,7 +27,12 @@ fn lease(w: &World, about: &WorkspaceId, objects: &[Object]) -> Lease {
 }
 
 /// Releases one object of an intent that stands in the log already.
-async fn open(w: &World, receipt: &Value, lease: &Lease, of: &Object) -> api::Result<Grant> {
+pub(super) async fn open(
+    w: &World,
+    receipt: &Value,
+    lease: &Lease,
+    of: &Object,
+) -> api::Result<Grant> {
     let key = hpke::SecretKey::generate();
     let attestation = api::kms::Attestation {
         workspace: of.workspace.clone(),
@@ -42,6 +47,17 @@ async fn open(w: &World, receipt: &Value, lease: &Lease, of: &Object) -> api::Re
     Ok(crate::testing::open_grant(&released, &key))
 }
 
+/// Has the image that this is begun; its key.
+pub(super) async fn begin(w: &World, by: &AccountId, of: &Object) -> Grant {
+    let event = match of.purpose {
+        Purpose::Memory => "workspace.sleep",
+        _ => "workspace.snapshot",
+    };
+    let lease = lease(w, &of.workspace, std::slice::from_ref(of));
+    let receipt = w.receipt(w.intent(event, client(w, by), &lease));
+    open(w, &receipt, &lease, of).await.unwrap()
+}
+
 /// Why the first object of such an intent was refused, if it was.
 async fn refusal(w: &World, event: &str, authority: String, lease: &Lease) -> Option<String> {
     let receipt = w.receipt(w.intent(event, authority, lease));
@@ -52,7 +68,7 @@ async fn refusal(w: &World, event: &str, authority: String, lease: &Lease) -> Op
     flagged.result
 }
 
-fn client(w: &World, who: &AccountId) -> String {
+pub(super) fn client(w: &World, who: &AccountId) -> String {
     w.sign_assertion(&w.assertion(who))
 }
 
@@ -84,8 +100,6 @@ async fn no_two_objects_share_a_key_and_only_a_disk_has_an_identity() {
             }
         }
     }
-    let disk = w.release(&me, &ws).await.unwrap();
-    assert!(!disk.identity_seed.is_empty() && keys.insert(disk.disk_key.clone()));
     // What fell asleep under a key wakes under it, and no other object does.
     let both = [
         object(&ws, Purpose::Disk, 0),
@@ -95,7 +109,9 @@ async fn no_two_objects_share_a_key_and_only_a_disk_has_an_identity() {
     let receipt = w.receipt(w.intent("workspace.wake", client(&w, &me), &wake));
     let memory = open(&w, &receipt, &wake, &both[1]).await.unwrap();
     assert!(keys.contains(&memory.disk_key));
-    let again = open(&w, &receipt, &wake, &both[0]).await.unwrap();
+    let disk = open(&w, &receipt, &wake, &both[0]).await.unwrap();
+    assert!(!disk.identity_seed.is_empty() && keys.insert(disk.disk_key.clone()));
+    let again = w.release(&me, &ws).await.unwrap();
     assert_eq!(again.disk_key, disk.disk_key);
 }
 
@@ -114,6 +130,8 @@ async fn a_fork_opens_a_snapshot_of_the_same_account_and_nothing_else_of_it() {
         ]
     };
     let objects = of(&source);
+    begin(&w, &me, &objects[1]).await;
+    begin(&w, &stranger, &of(&theirs)[1]).await;
     let good = lease(&w, &fork, &objects);
     let authority = client(&w, &me);
     let receipt = w.receipt(w.intent("workspace.fork", authority.clone(), &good));
@@ -246,6 +264,9 @@ async fn a_policy_backs_the_act_it_names_only() {
     for backing in BACKINGS {
         for act in acts {
             let own: Vec<_> = backing.own.iter().map(|p| object(&ws, *p, 3)).collect();
+            for image in own.iter().filter(|o| o.purpose.is_image()) {
+                begin(&w, &me, image).await;
+            }
             let lease = lease(&w, &ws, &own);
             let why = refusal(&w, backing.event, w.policy(&me, &ws, act), &lease).await;
             assert_eq!(
@@ -294,10 +315,13 @@ async fn only_the_table_opens() {
             .iter()
             .map(|(p, own)| object(if *own { &about } else { &source }, Purpose::ALL[*p], 1))
             .collect();
-        // A lease's own object is of the workspace it is about.
-        objects.sort_by_key(|o| o.workspace != about);
+        // A lease's own object is of the workspace it is about; a disk uses its memory up.
+        objects.sort_by_key(|o| (o.workspace != about, o.purpose == Purpose::Disk));
         if objects[0].workspace != about {
             continue;
+        }
+        for image in objects.iter().filter(|o| o.purpose.is_image()) {
+            begin(&w, &me, image).await;
         }
         let lease = lease(&w, &about, &objects);
         let authority = if by_policy {

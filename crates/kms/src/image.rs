@@ -1,0 +1,71 @@
+//! Which image of a workspace may be opened: of each kind the last that was begun, and memory once.
+//!
+//! ```text
+//! sleep, snapshot: key of (object, this run) ─▶ noted, in the place of the one before
+//! wake, restore, fork: is it the one noted? ─▶ key of (object, the run that it was noted with)
+//! any release of the disk: memory is noted no more; a wake's only if it was until now
+//! ```
+//!
+//! The run is the KMS's own count, the intent's place in the log, so an older image stays closed
+//! whatever number control gives to a newer one. Must never release the key of an image that is not
+//! noted, or a wake's disk twice for one memory.
+
+use crate::check::{Cleared, Refusal};
+use crate::kms::Inner;
+use api::audit::Object;
+use api::kms::backing_of;
+use model::Purpose;
+
+impl Inner {
+    /// What the object is called in its key's derivation; of an image, if it may be opened.
+    pub(crate) async fn object_named(&self, c: &Cleared) -> api::Result<Result<String, Refusal>> {
+        let Object {
+            workspace,
+            purpose,
+            id,
+        } = &c.object;
+        let name = id.as_ref().map_or(workspace.as_str(), |id| id.as_str());
+        if !purpose.is_image() {
+            return Ok(Ok(name.to_owned()));
+        }
+        if begins(c) {
+            return Ok(Ok(image_named(name, c.run())));
+        }
+        let noted = self.store.image(workspace, *purpose).await?;
+        let noted = noted.filter(|(object, _)| object == name);
+        Ok(noted
+            .map(|(object, run)| image_named(&object, run))
+            .ok_or(Refusal::Image))
+    }
+
+    /// Notes what the release begins or uses up; durable before the key leaves.
+    pub(crate) async fn images_note(&self, c: &Cleared) -> api::Result<Result<(), Refusal>> {
+        let Object {
+            workspace,
+            purpose,
+            id,
+        } = &c.object;
+        if let (true, true, Some(id)) = (purpose.is_image(), begins(c), id) {
+            let run = c.run();
+            self.store.image_put(workspace, *purpose, id, run).await?;
+        }
+        if *purpose == Purpose::Disk {
+            let woken = |o: &Object| o.purpose == Purpose::Memory && o.workspace == *workspace;
+            let woken = c.lease.objects().find(woken).and_then(|o| o.id);
+            let used = self.store.memory_use(workspace, woken.as_ref()).await?;
+            if woken.is_some() && !used {
+                return Ok(Err(Refusal::Image));
+            }
+        }
+        Ok(Ok(()))
+    }
+}
+
+/// Whether the act makes the image that the key is for.
+fn begins(c: &Cleared) -> bool {
+    backing_of(&c.intent.entry.event).is_some_and(|b| b.begins)
+}
+
+fn image_named(object: &str, run: u64) -> String {
+    format!("{object}/{run}")
+}
