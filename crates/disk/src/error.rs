@@ -104,11 +104,16 @@ pub enum DiskError {
 }
 
 impl DiskError {
-    /// For `map_err`: an I/O error of `operation`.
+    /// For `map_err`: an I/O error of `operation`. What the sidecar refuses to read is no error of
+    /// the kernel's, which has no such kind: it is [`DiskError::Tampered`].
     pub fn io<E: Into<io::Error>>(operation: &'static str) -> impl FnOnce(E) -> Self {
-        move |source| Self::Io {
-            operation,
-            source: source.into(),
+        move |source| {
+            let source = source.into();
+            if source.kind() == io::ErrorKind::InvalidData {
+                let what = "a part of it does not fit its tag";
+                return Self::Tampered { what };
+            }
+            Self::Io { operation, source }
         }
     }
 
@@ -150,5 +155,8 @@ mod tests {
         assert_eq!(broken.code(), ErrorCode::Internal);
         assert_eq!(DiskError::WrongKey.code(), ErrorCode::KeyRefused);
         assert_eq!(DiskError::NoHeader.code(), ErrorCode::DiskCorrupt);
+        // As the sidecar says it.
+        let refused = DiskError::io("reading")(io::Error::from(io::ErrorKind::InvalidData));
+        assert_eq!(refused.code(), ErrorCode::DiskTampered);
     }
 }

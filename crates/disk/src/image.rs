@@ -10,22 +10,68 @@ use std::fs::File;
 use seal::Zeroize;
 
 use crate::DiskError;
-use crate::backing::{next_data, next_hole};
+use crate::backing::{Backing, next_data, next_hole};
 use crate::format::write_non_zero;
+use crate::grant::Grant;
 use crate::limits::{
     DATA_OFFSET_BYTES, NOTE_AREA_BYTES, NOTE_MAX_BYTES, REQUEST_MAX_BYTES, SECTOR_BYTES,
 };
+use crate::luks2;
+use crate::sidecar::{Keys, Sidecar};
 use crate::volume::Volume;
 
 const MAGIC: &[u8; 8] = b"CMNOTE\x00\x01";
 const HEAD_BYTES: usize = MAGIC.len() + 4;
 const SECTOR: u64 = SECTOR_BYTES as u64;
 
+/// Opens an image, of the size that its sidecar says, and its note. Nothing is written to it: it was
+/// closed before it was kept.
+///
+/// # Errors
+/// [`DiskError::Tampered`] for anything but what was kept under this key; [`DiskError::Unfinished`]
+/// without a note; the files'.
+pub fn open<B: Backing>(
+    backing: B,
+    tags: B,
+    grant: &Grant<'_>,
+) -> Result<(Volume<B>, String), DiskError> {
+    let keys = Keys::derive(grant.disk_key.expose())?;
+    let sectors = Sidecar::sectors_at_rest(&tags, &keys)?;
+    let size_bytes = sectors * SECTOR;
+    let len = backing
+        .length()
+        .map_err(DiskError::io("measuring an image"))?;
+    if len != DATA_OFFSET_BYTES + size_bytes {
+        return Err(DiskError::Tampered {
+            what: "the image's file was cut off or extended",
+        });
+    }
+    let sidecar = Sidecar::open(tags, &backing, keys, sectors, grant.run, None);
+    let sidecar = sidecar.map_err(unclosed)?;
+    let key = luks2::open(&backing, &grant.disk_key, &grant.workspace)?;
+    let volume = Volume::with_sidecar(backing, sidecar, &key, size_bytes)?;
+    let note = note_read(&volume)?;
+    Ok((volume, note))
+}
+
+/// One that wants to be recovered, which its files don't allow, has lost its last superblock since it
+/// was kept.
+fn unclosed(error: DiskError) -> DiskError {
+    match error {
+        DiskError::Io { source, .. } if source.raw_os_error() == Some(libc::EBADF) => {
+            DiskError::Tampered {
+                what: "the image's sidecar was changed",
+            }
+        }
+        error => error,
+    }
+}
+
 /// Writes the note.
 ///
 /// # Errors
 /// [`DiskError::Protocol`] for one that is too long; the volume's.
-pub fn note_write(volume: &Volume<File>, note: &str) -> Result<(), DiskError> {
+pub fn note_write<B: Backing>(volume: &Volume<B>, note: &str) -> Result<(), DiskError> {
     let len = u32::try_from(note.len())
         .ok()
         .filter(|_| note.len() <= NOTE_MAX_BYTES);
@@ -45,7 +91,7 @@ pub fn note_write(volume: &Volume<File>, note: &str) -> Result<(), DiskError> {
 ///
 /// # Errors
 /// [`DiskError::Unfinished`] without one: it comes last. The volume's.
-pub fn note_read(volume: &Volume<File>) -> Result<String, DiskError> {
+fn note_read<B: Backing>(volume: &Volume<B>) -> Result<String, DiskError> {
     let mut sector = [0; SECTOR_BYTES];
     let read = volume.read(0, &mut sector);
     read.map_err(DiskError::io("reading the note of an image"))?;
@@ -56,20 +102,6 @@ pub fn note_read(volume: &Volume<File>) -> Result<String, DiskError> {
     text.and_then(|text| std::str::from_utf8(text).ok())
         .map(str::to_owned)
         .ok_or(DiskError::Unfinished)
-}
-
-/// Size of the volume in `backing`, bytes, whoever's it is.
-///
-/// # Errors
-/// The file's; [`DiskError::Size`] if it is none.
-pub fn size_bytes(backing: &File) -> Result<u64, DiskError> {
-    let len = crate::backing::Backing::length(backing);
-    let len = len.map_err(DiskError::io("measuring an image"))?;
-    len.checked_sub(DATA_OFFSET_BYTES)
-        .filter(|size| *size > NOTE_AREA_BYTES && size.is_multiple_of(SECTOR))
-        .ok_or(DiskError::Size {
-            why: "the image is shorter than any",
-        })
 }
 
 /// Which way a disk is copied.
@@ -101,13 +133,18 @@ pub fn copy(from: &Volume<File>, to: &Volume<File>, way: Way) -> Result<(), Disk
     let end_of_all = DATA_OFFSET_BYTES + from.size_bytes();
     let mut buf = vec![0; REQUEST_MAX_BYTES];
     let mut at = DATA_OFFSET_BYTES + skip;
-    while let Some(data) = next_data(file, at).map_err(DiskError::io(reading))? {
-        if data >= end_of_all {
+    while at < end_of_all {
+        let data = next_data(file, at).map_err(DiskError::io(reading))?;
+        let data = data.unwrap_or(end_of_all).min(end_of_all) / SECTOR * SECTOR;
+        // What is skipped was never written, or somebody has made a hole of it.
+        from.check_hole(at - DATA_OFFSET_BYTES, data - at)
+            .map_err(DiskError::io(reading))?;
+        if data == end_of_all {
             break;
         }
         let end = next_hole(file, data).map_err(DiskError::io(reading))?;
         let end = end.next_multiple_of(SECTOR).min(end_of_all);
-        at = data / SECTOR * SECTOR;
+        at = data;
         while at < end {
             let n = usize::try_from(end - at).map_or(buf.len(), |rest| rest.min(buf.len()));
             let offset = at - DATA_OFFSET_BYTES;
@@ -178,5 +215,39 @@ mod tests {
             copy(&image, &volume(63), Way::FromImage),
             Err(DiskError::Size { .. })
         ));
+    }
+
+    /// A disk with tags, of `mib`.
+    fn tagged(mib: u64) -> Volume<File> {
+        let [file, tags] = [0; 2].map(|_| tempfile::tempfile().unwrap());
+        let text = crate::grant::tests::sample().replace("0a0a", "0a0b");
+        let grant = Grant::parse(text.as_bytes()).unwrap();
+        let grant = Grant {
+            anchor: None,
+            ..grant
+        };
+        crate::format::open_or_format(file, Some(tags), None, &grant, true, mib << 20).unwrap()
+    }
+
+    /// A hole that somebody makes in the file is not copied as one.
+    #[test]
+    fn i26_a_copy_skips_nothing_that_was_written() {
+        let from = tagged(8);
+        for (at, byte) in [(0u64, 1u8), (3 << 20, 2), ((8 << 20) - 4096, 3)] {
+            from.write(at, &mut vec![byte; 4096]).unwrap();
+        }
+        from.close().unwrap();
+        copy(&from, &volume(9), Way::ToImage).unwrap();
+        for at in [0, 3 << 20, (8 << 20) - 4096] {
+            let place = DATA_OFFSET_BYTES + at;
+            let mut kept = [0; SECTOR_BYTES];
+            Backing::read_at(from.backing(), place, &mut kept).unwrap();
+            from.backing().punch(place, SECTOR).unwrap();
+            let refused = copy(&from, &volume(9), Way::ToImage).unwrap_err();
+            assert_eq!(refused.code(), api::ErrorCode::DiskTampered, "{at}");
+            from.backing().write_at(place, &kept).unwrap();
+        }
+        copy(&from, &volume(9), Way::ToImage).unwrap();
+        assert_eq!(from.report().refused, 3, "each is an alarm");
     }
 }

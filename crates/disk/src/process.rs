@@ -181,7 +181,8 @@ impl Teller {
     /// Shuts the gate, makes all durable and says how far that is.
     fn end(&self, serving: &Serving, object: &Object<File>) -> Result<(), DiskError> {
         if object.is_saved() {
-            return Ok(()); // Nothing was written.
+            // Nothing was written; but reads may have been refused.
+            return self.anchor(object);
         }
         serving
             .close(object)
@@ -213,10 +214,7 @@ fn open(
             why: "it is for something else than these files",
         });
     }
-    let size_bytes = match files.content {
-        Content::Saved => image::size_bytes(&files.backing)?,
-        Content::Disk | Content::Saving => u64::from(files.size_mb) << 20,
-    };
+    let size_bytes = u64::from(files.size_mb) << 20;
     let (template, image) = match files.beside {
         Beside::Nothing => (None, None),
         Beside::Template(template) => (Some(template), None),
@@ -230,28 +228,33 @@ fn open(
     // A copy takes the place of the disk that the anchor is of: it is new under a later start.
     let anchor = grant.anchor.clone().filter(|_| from.is_none());
     let grant = Grant { anchor, ..grant };
-    let (backing, tags) = (files.backing, Some(files.tags));
+    let (backing, tags) = (files.backing, files.tags);
     let (volume, note) = match (files.content, from) {
         // None before it is closed: whoever writes it keeps it then, or not at all.
         (Content::Saving, _) => {
-            let volume = format::begin(backing, tags, &grant, size_bytes, |_| Ok(()))?;
+            let volume = format::begin(backing, Some(tags), &grant, size_bytes, |_| Ok(()))?;
             (volume, None)
         }
         (Content::Saved, _) => {
-            let volume = format::open(backing, tags, &grant, size_bytes).map_err(unclosed)?;
-            let note = image::note_read(&volume)?;
+            let (volume, note) = image::open(backing, tags, &grant)?;
             (volume, Some(note))
         }
         (Content::Disk, Some((from, note))) if opened.format => {
             let copy = |to: &_| image::copy(&from, to, Way::FromImage);
-            let volume = format::create(backing, tags, &grant, size_bytes, copy)?;
+            let volume = format::create(backing, Some(tags), &grant, size_bytes, copy)?;
             (volume, Some(note))
         }
         (Content::Disk, Some(_)) => return Err(out_of_turn()),
         (Content::Disk, None) => {
             let template = template.as_ref();
-            let volume =
-                open_or_format(backing, tags, template, &grant, opened.format, size_bytes)?;
+            let volume = open_or_format(
+                backing,
+                Some(tags),
+                template,
+                &grant,
+                opened.format,
+                size_bytes,
+            )?;
             (volume, None)
         }
     };
@@ -279,23 +282,7 @@ fn image_open(
             why: "what the disk is filled from is no snapshot's disk",
         });
     }
-    let size_bytes = image::size_bytes(&volume)?;
-    let volume = format::open(volume, Some(tags), &grant, size_bytes).map_err(unclosed)?;
-    let note = image::note_read(&volume)?;
-    Ok((volume, note))
-}
-
-/// An image was closed before it was kept: one that wants to be recovered, which its files don't
-/// allow, has lost its last superblock since.
-fn unclosed(error: DiskError) -> DiskError {
-    match error {
-        DiskError::Io { source, .. } if source.raw_os_error() == Some(libc::EBADF) => {
-            DiskError::Tampered {
-                what: "the image's sidecar was changed",
-            }
-        }
-        error => error,
-    }
+    image::open(volume, tags, &grant)
 }
 
 /// Copies the disk, whose VM stands still, to the image in `files`.
@@ -316,7 +303,9 @@ fn copy_out(
     }
     let syncing = "syncing the disk to copy";
     // From here on all of it is in the file that is copied.
-    disk.anchor().map_err(DiskError::io(syncing))?;
+    disk.sync()
+        .and_then(|()| disk.anchor())
+        .map_err(DiskError::io(syncing))?;
     let size_bytes = disk.size_bytes() + NOTE_AREA_BYTES;
     let copy = |image: &_| {
         image::copy(disk, image, Way::ToImage)?;

@@ -279,6 +279,18 @@ impl<B: Backing> Volume<B> {
         Ok(allocated)
     }
 
+    /// Whether nothing was ever written to the range of whole sectors, or all of it was given back:
+    /// by the sidecar's word. Without a sidecar that is believed.
+    ///
+    /// # Errors
+    /// As a read of a sector that its tag does not fit.
+    pub(crate) fn check_hole(&self, offset: u64, len: u64) -> io::Result<()> {
+        match &self.shared.sidecar {
+            Some(sidecar) => sidecar.check_hole(offset / SECTOR, len / SECTOR),
+            None => Ok(()),
+        }
+    }
+
     /// The backing file.
     pub(crate) fn backing(&self) -> &B {
         &self.shared.backing

@@ -589,6 +589,17 @@ impl<B: Backing> Sidecar<B> {
         Ok(())
     }
 
+    /// Refuses sectors of which one has a tag: they are no hole, whatever their file says.
+    ///
+    /// # Errors
+    /// As [`Sidecar::read`].
+    pub fn check_hole(&self, first: u64, count: u64) -> io::Result<()> {
+        if self.is_hole(first, count)? {
+            return Ok(());
+        }
+        Err(self.refuse(first))
+    }
+
     fn is_hole(&self, first: u64, count: u64) -> io::Result<bool> {
         let view = self.view();
         if view.changes.touch(first..first + count) {

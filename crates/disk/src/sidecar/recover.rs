@@ -32,6 +32,14 @@ pub struct Anchor {
 type Chained = (Batch, Chain);
 
 impl<B: Backing> Sidecar<B> {
+    /// How many sectors the volume has whose sidecar is in `file`.
+    ///
+    /// # Errors
+    /// [`DiskError::Tampered`] if that says nobody who had the key; the file's.
+    pub fn sectors_at_rest(file: &B, keys: &Keys) -> Result<u64, DiskError> {
+        superblock(file, keys).map(|found| found.sectors)
+    }
+
     /// Opens the sidecar in `file` of the volume in `data`, which is to have `sectors`, for the
     /// start `run`.
     ///
@@ -99,10 +107,7 @@ impl<B: Backing> Sidecar<B> {
             let anchored = anchor.map_or(Generation::default(), |anchor| anchor.generation);
             sidecar
                 .settle(data, journal, anchored)
-                .map_err(|error| match error.kind() {
-                    std::io::ErrorKind::InvalidData => tampered("its sidecar was changed"),
-                    _ => DiskError::io("recovering the volume")(error),
-                })?;
+                .map_err(DiskError::io("recovering the volume"))?;
         }
         Ok(sidecar)
     }

@@ -313,7 +313,7 @@ fn attack(life: &Life, image: &Machine, kind: Kind, dice: &mut Dice) {
     }
 }
 
-fn flip(store: &Store, at: u64, len: u64, dice: &mut Dice) {
+pub(super) fn flip(store: &Store, at: u64, len: u64, dice: &mut Dice) {
     let at = at + dice.below(len);
     let mut state = store.state();
     let page = state
@@ -323,14 +323,14 @@ fn flip(store: &Store, at: u64, len: u64, dice: &mut Dice) {
     Arc::make_mut(page)[(at % PAGE as u64) as usize] ^= 1 << dice.below(8);
 }
 
-fn swap(store: &Store, a: u64, b: u64) {
+pub(super) fn swap(store: &Store, a: u64, b: u64) {
     let mut state = store.state();
     let (was_a, was_b) = (state.live.remove(&a), state.live.remove(&b));
     state.live.extend(was_a.map(|page| (b, page)));
     state.live.extend(was_b.map(|page| (a, page)));
 }
 
-fn copy_page(from: &Store, to: &Store, page: u64) {
+pub(super) fn copy_page(from: &Store, to: &Store, page: u64) {
     let page_there = from.state().live.get(&page).cloned();
     let mut state = to.state();
     match page_there {
@@ -339,7 +339,7 @@ fn copy_page(from: &Store, to: &Store, page: u64) {
     }
 }
 
-fn replace(store: &Store, with: &Store) {
+pub(super) fn replace(store: &Store, with: &Store) {
     let (pages, length) = {
         let state = with.state();
         (state.live.clone(), state.length)

@@ -6,7 +6,7 @@ use super::super::place;
 use super::*;
 
 /// Two leaves' worth and a bit, so that a hole may be a whole leaf.
-const SECTORS: u64 = 600;
+pub(super) const SECTORS: u64 = 600;
 /// The sectors that are written: around the leaves' edges.
 const SPOTS: [u64; 48] = {
     let mut spots = [0; 48];
@@ -20,21 +20,21 @@ const SPOTS: [u64; 48] = {
 
 /// What a sector may be.
 #[derive(Clone)]
-struct Sector {
+pub(super) struct Sector {
     /// The last is what a read must give; the first is what was flushed.
-    versions: Vec<[u8; SECTOR_BYTES]>,
+    pub(super) versions: Vec<[u8; SECTOR_BYTES]>,
 }
 
-struct Disk {
-    machine: Machine,
-    sidecar: Sidecar<Store>,
-    model: BTreeMap<u64, Sector>,
-    run: u64,
-    anchor: Anchor,
+pub(super) struct Disk {
+    pub(super) machine: Machine,
+    pub(super) sidecar: Sidecar<Store>,
+    pub(super) model: BTreeMap<u64, Sector>,
+    pub(super) run: u64,
+    pub(super) anchor: Anchor,
 }
 
 impl Disk {
-    fn new(dice: &mut Dice) -> Self {
+    pub(super) fn new(dice: &mut Dice) -> Self {
         let machine = Machine::new(SECTORS);
         let sidecar = machine.create(SECTORS, 1);
         let mut model = BTreeMap::new();
@@ -68,7 +68,7 @@ impl Disk {
     }
 
     /// One operation; whether there was power for it.
-    fn step(&mut self, dice: &mut Dice) -> bool {
+    pub(super) fn step(&mut self, dice: &mut Dice) -> bool {
         let data = &self.machine.data;
         match dice.below(20) {
             0..10 => {

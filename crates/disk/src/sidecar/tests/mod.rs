@@ -1,8 +1,10 @@
 //! Two files that lose, with the power, any of what was not synced, and a disk on them.
 #![allow(clippy::unwrap_used)]
 
+mod at_rest;
 mod attack;
 mod crash;
+mod replay;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -31,6 +33,7 @@ struct State {
     /// In order; `None`: a hole of a page.
     pending: Vec<(u64, Option<Vec<u8>>)>,
     power: Power,
+    read_only: bool,
 }
 
 /// Operations that still succeed, of all files of a machine.
@@ -67,6 +70,7 @@ impl Store {
             unit,
             pending: Vec::new(),
             power: power.clone(),
+            read_only: false,
         })))
     }
 
@@ -88,12 +92,22 @@ impl Store {
         Self::of(state.live.clone(), state.length, state.unit, &state.power)
     }
 
+    /// The same, as a descriptor sees it that was opened for reading.
+    fn to_read(&self) -> Self {
+        let copy = self.copy();
+        copy.state().read_only = true;
+        copy
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap()
     }
 
     fn powered(&self) -> io::Result<MutexGuard<'_, State>> {
         let state = self.state();
+        if state.read_only {
+            return Err(io::Error::from_raw_os_error(libc::EBADF));
+        }
         state.power.take()?;
         Ok(state)
     }
