@@ -107,9 +107,10 @@ pub enum FromDisk {
 pub struct Anchored {
     /// For the KMS.
     pub statement: AnchorStatement,
-    /// Reads that were refused since the start, because what is at rest is not what was written.
+    /// Reads that were refused since the start, because what is at rest is not what was written; a
+    /// disk's last word has those of the memory with it that its VM was woken from.
     pub refused: u64,
-    /// The first sector that was, of 4096 bytes.
+    /// The first sector that was, of 4096 bytes, of the disk or else of that memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub first_refused: Option<u64>,
 }

@@ -28,6 +28,8 @@ pub struct Metrics {
     pub restarts: Counter,
     /// Wakes that requests at gateways brought about.
     pub wakes: Counter,
+    /// Workspaces whose disk or memory was changed at rest, each counted once until it runs again.
+    pub tampered: Counter,
     /// Deletions that wait for a step.
     pub deletions_waiting: Gauge,
     /// Audit entries that wait for the log.
@@ -43,6 +45,7 @@ impl Default for Metrics {
             workspaces: Gauge::default(),
             restarts: Counter::default(),
             wakes: Counter::default(),
+            tampered: Counter::default(),
             deletions_waiting: Gauge::default(),
             spooled: Gauge::default(),
         }
@@ -65,6 +68,11 @@ impl Metrics {
             "control_wakes",
             "Wakes by requests at gateways",
             self.wakes.clone(),
+        );
+        r.register(
+            "control_tampered",
+            "Workspaces whose disk or memory was changed at rest",
+            self.tampered.clone(),
         );
         r.register(
             "control_restarts",

@@ -500,8 +500,10 @@ impl Workspace {
     async fn anchor_last(&mut self, slot: u16) -> api::Result<()> {
         match self.shared.peers.disk_anchor(slot, true).await {
             Ok(Some(said)) if said.statement.workspace == self.id => {
+                // Whatever else was said: that is why.
                 if self.shared.anchors.carry_last(said).await {
-                    self.error.get_or_insert_with(refused_reads);
+                    let before = self.error.take().map(|e| e.to_string());
+                    self.error = Some(refused_reads().detail(before.unwrap_or_default()));
                 }
             }
             Ok(_) => {}
@@ -737,7 +739,9 @@ pub(crate) fn lost() -> Error {
 fn refused_reads() -> Error {
     Error::new(
         ErrorCode::DiskTampered,
-        "parts of the workspace's disk were changed while they were at rest; they can't be read",
+        "parts of the workspace's disk or of the memory that it was woken from were changed while \
+         they were at rest and can't be read; have the operator look for who writes to the machine's \
+         disk, and go back to a snapshot or copy out what can be read",
     )
 }
 

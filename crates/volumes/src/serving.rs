@@ -209,9 +209,7 @@ impl Disk {
             return Err(Error::internal("the disk process died"));
         }
         match serde_json::from_slice(&bytes).at("understand", "the disk process")? {
-            FromDisk::Failed { code, message } => {
-                Err(Error::new(code, "the workspace's disk does not open").detail(message))
-            }
+            FromDisk::Failed { code, message } => Err(Error::new(code, says(code)).detail(message)),
             said => Ok(said),
         }
     }
@@ -219,6 +217,18 @@ impl Disk {
     fn channel(&self) -> Result<&OwnedFd> {
         let channel = self.control.as_ref();
         channel.ok_or_else(|| Error::internal("the disk process has no channel"))
+    }
+}
+
+/// For the client: what happened, and what to do.
+fn says(code: ErrorCode) -> &'static str {
+    match code {
+        ErrorCode::DiskTampered => {
+            "the workspace's disk or saved memory was changed, exchanged or rolled back while it was \
+             at rest, and is not opened; have the operator put the newest files back, or go back to \
+             its snapshot"
+        }
+        _ => "the workspace's disk does not open",
     }
 }
 

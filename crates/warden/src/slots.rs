@@ -549,8 +549,14 @@ impl Warden {
                 s.record.anchor = Some(said);
             }
         }
-        // Of these nothing is to be kept; their groups end them, whatever they wait for.
-        (s.woken, s.saving) = (None, None);
+        // Of these nothing is to be kept but what was refused of memory; their groups end them,
+        // whatever they wait for.
+        let memory = s.woken.take().and_then(|mut memory| memory.end(gone));
+        if let (Some(memory), Some(said)) = (memory, &mut s.record.anchor) {
+            said.refused += memory.refused;
+            said.first_refused = said.first_refused.or(memory.first_refused);
+        }
+        s.saving = None;
         for group in [woken_group, saving_group] {
             // What is stuck in one shows when the slot is cleared.
             let _ = self.cgroups.remove(&group(s.record.slot));

@@ -202,6 +202,7 @@ impl App {
             (ActualState::Starting | ActualState::Stopping, _) => {}
             (_, Some(error)) if !alarms.contains_key(id) => {
                 tracing::error!(event = "disk.tampered", workspace = %id, detail = error.detail, "{error}");
+                self.metrics.tampered.inc();
                 let alarm = Alarm {
                     error: error.clone(),
                     said: false,
