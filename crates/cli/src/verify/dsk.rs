@@ -1,5 +1,6 @@
 //! DSK: disks.
 
+use super::at_rest::{self, Kept, code_of};
 use super::world::{World, canary};
 use super::{Finding, Status};
 use crate::client::json;
@@ -14,6 +15,8 @@ use std::time::Instant;
 
 /// Where a LUKS2 header's JSON begins, bytes.
 const LUKS2_JSON_OFFSET: usize = 4096;
+/// The sector of a memory's note, bytes.
+const BEHIND_THE_NOTE: u64 = 4096;
 /// Bytes of the header that are looked at.
 const LUKS2_HEADER_BYTES: usize = 64 << 10;
 
@@ -172,17 +175,31 @@ pub(super) async fn dsk_5(w: &mut World<'_>) -> anyhow::Result<Finding> {
 }
 
 pub(super) async fn dsk_6(w: &mut World<'_>) -> anyhow::Result<Finding> {
-    let id = w.make(json!({})).await?;
+    // A policy that starts nothing anew: what is refused must be seen to be.
+    let body = json!({ "config": { "restart_policy": "no" } });
+    let id = w.make(body).await?;
     let mark = write_canary(w, &id).await?;
     w.power(&id, "stop").await?;
+    let file = w.probe.disk_file(&id);
+    let older = Kept::of(file.parent().context("a disk has a directory")?)?;
     w.power(&id, "start").await?;
     let back = w.inside(&id, &["cat", "/root/canary"]).await?;
-    w.delete(&id).await?;
     ensure!(
         back.trim() == mark,
         "after stop and start the file holds {back:?}"
     );
-    Finding::pass("a file written before stop was there after start, with the same content")
+    let newer = write_canary(w, &id).await?;
+    w.power(&id, "stop").await?;
+    let refused = at_rest::changes_are_refused(w, &id, &older).await?;
+    let back = w.inside(&id, &["cat", "/root/canary"]).await?;
+    w.delete(&id).await?;
+    ensure!(
+        back.trim() == newer,
+        "put back as it was, the file holds {back:?}"
+    );
+    Finding::pass(format!(
+        "a file written before stop was there after start, with the same content; {refused}"
+    ))
 }
 
 pub(super) async fn dsk_7(w: &mut World<'_>) -> anyhow::Result<Finding> {
@@ -222,12 +239,13 @@ pub(super) async fn dsk_8(w: &mut World<'_>) -> anyhow::Result<Finding> {
         let hits = search(w, mark)?;
         ensure!(hits.is_empty(), "the canary stands in {hits:?}");
     }
-    // Memory of another workspace, of an older sleep, and with a bit changed in each 16 KiB.
+    // Memory of another workspace, of an older sleep, and with bits changed: in its note, which is
+    // read before anything runs, and in what the VMM reads.
     let kept = Kept::of(&memory(&id))?;
     let mut refused = Vec::new();
     Kept::of(&memory(&other))?.put(&memory(&id))?;
     refused.push(("another workspace's", wake_refused(w, &id).await?));
-    kept.flipped().put(&memory(&id))?;
+    kept.flipped(0).put(&memory(&id))?;
     refused.push(("one with bits flipped", wake_refused(w, &id).await?));
     kept.put(&memory(&id))?;
     w.power(&id, "start").await?;
@@ -235,8 +253,14 @@ pub(super) async fn dsk_8(w: &mut World<'_>) -> anyhow::Result<Finding> {
     let back = w.inside(&id, &["cat", "/dev/shm/canary"]).await?;
     ensure!(back.trim() == in_memory, "woken, its memory holds {back:?}");
     w.power(&id, "sleep").await?;
+    let last = Kept::of(&memory(&id))?;
     kept.put(&memory(&id))?;
     refused.push(("one of an earlier sleep", wake_refused(w, &id).await?));
+    last.flipped(BEHIND_THE_NOTE).put(&memory(&id))?;
+    refused.push(("one with its pages changed", wake_refused(w, &id).await?));
+    for (what, code) in &refused {
+        ensure!(code == "disk_tampered", "{what} was refused with {code}");
+    }
     w.delete(&id).await?;
     w.delete(&other).await?;
     let refused: Vec<_> = refused
@@ -250,41 +274,13 @@ pub(super) async fn dsk_8(w: &mut World<'_>) -> anyhow::Result<Finding> {
     Ok(under_file_unseal(w, seen))
 }
 
-/// The two files of memory at rest.
-struct Kept([(&'static str, Vec<u8>); 2]);
-
-impl Kept {
-    fn of(dir: &Path) -> anyhow::Result<Self> {
-        let read = |name| fs::read(dir.join(name)).with_context(|| format!("read {name}"));
-        Ok(Self([("volume", read("volume")?), ("tags", read("tags")?)]))
-    }
-
-    /// Writes them in the place of those that are there.
-    fn put(&self, dir: &Path) -> anyhow::Result<()> {
-        for (name, bytes) in &self.0 {
-            fs::write(dir.join(name), bytes).with_context(|| format!("write {name}"))?;
-        }
-        Ok(())
-    }
-
-    /// The same with a bit changed in each 16 KiB of ciphertext.
-    fn flipped(&self) -> Self {
-        let [(volume, bytes), tags] = &self.0;
-        let mut bytes = bytes.clone();
-        for byte in bytes.iter_mut().skip(16 << 20).step_by(16 << 10) {
-            *byte ^= u8::from(*byte != 0);
-        }
-        Self([(volume, bytes), tags.clone()])
-    }
-}
-
 /// Why a workspace that sleeps does not wake.
 async fn wake_refused(w: &World<'_>, id: &str) -> anyhow::Result<String> {
     let woken = w.power(id, "start").await;
     let Err(why) = woken else {
         anyhow::bail!("it woke with memory that is not its own");
     };
-    Ok(why.to_string())
+    Ok(code_of(&why))
 }
 
 /// Writes and syncs a canary inside; the workspace is open afterwards.

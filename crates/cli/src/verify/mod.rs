@@ -7,6 +7,7 @@
 mod world;
 
 mod acc;
+mod at_rest;
 mod dsk;
 mod edge;
 mod iso;
@@ -172,7 +173,7 @@ pub const CHECKS: &[Check] = &[
     ),
     check!(
         "DSK-6",
-        "Permanent: data survives stop and start",
+        "Permanent: data survives stop and start, and no other disk is taken for it",
         dsk::dsk_6
     ),
     check!(

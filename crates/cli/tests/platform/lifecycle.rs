@@ -352,3 +352,58 @@ fn archives_are_ciphertext_and_go_with_what_they_are_of() {
         p.disk_files().is_empty().then_some(())
     });
 }
+
+/// Whoever has the host's disk and ends what they like brings the files of a sleep back, after it was
+/// woken: its memory is not woken twice.
+#[test]
+fn i28_memory_that_was_woken_is_not_woken_again_from_a_copy() {
+    let p = Platform::start("[host]\npool_size = 0\n", None);
+    let account = p.account("replay");
+    let u = User { p: &p, account };
+    let id = u.create();
+    // What fails to wake is left for us to see.
+    u.ok(&["ws", "lifecycle", &id, "--restart-policy", "no"]);
+    u.exec(
+        &id,
+        "echo kept > /root/kept; echo once > /dev/shm/once; sync",
+    );
+    u.ok(&["ws", "sleep", &id]);
+    let volumes = p.root().join("var/lib/casemate/volumes");
+    let memory = volumes.join(format!("{id}.memory"));
+    let copy = p.root().join("copy");
+    let cp = |from: &std::path::Path, to: &std::path::Path| {
+        let mut cp = std::process::Command::new("cp");
+        cp.args(["-a", "--sparse=always"]).arg(from).arg(to);
+        assert!(cp.status().unwrap().success());
+    };
+    cp(&memory, &copy);
+    u.ok(&["ws", "wake", &id]);
+    assert_eq!(u.exec(&id, "cat /dev/shm/once"), "once");
+    assert!(!memory.exists(), "it is used up");
+
+    // Before host looks again what there is: the next one finds a workspace with memory at rest.
+    cp(&copy, &memory);
+    let host = p.daemon_pid("host").unwrap();
+    let vmm = u.slot(&id).unwrap()["vmm_pid"].as_u64().unwrap();
+    let killed = std::process::Command::new("kill")
+        .args(["-9", &host.to_string(), &vmm.to_string()])
+        .status();
+    assert!(killed.unwrap().success());
+    until("host", || p.daemon_pid("host").filter(|n| *n != host));
+    let show = || {
+        let shown = p.as_user(&u.account, &["--json", "ws", "show", &id]);
+        serde_json::from_slice::<Value>(&shown.stdout).ok()
+    };
+    until("it is taken for asleep", || {
+        (show()?["info"]["asleep"] == true).then_some(())
+    });
+    let refused = p.as_user(&u.account, &["ws", "wake", &id]);
+    assert!(!refused.status.success());
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(said.contains("woken already"), "{said}");
+    assert!(said.contains("key_refused"), "{said}");
+    // What its owner can do: from the disk, without that memory.
+    u.ok(&["ws", "start", &id, "--force"]);
+    assert_eq!(u.exec(&id, "cat /root/kept; ls /dev/shm"), "kept");
+    u.ok(&["ws", "rm", &id]);
+}
