@@ -14,7 +14,7 @@ const PUNCH: i64 = (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE) as i
 const FUSE_DEV_IOC_CLONE: i64 = 0x8004_e500;
 
 /// All escapes: those of any VMM, then these.
-pub fn all() -> impl Iterator<Item = &'static Escape> {
+pub(crate) fn all() -> impl Iterator<Item = &'static Escape> {
     super::ESCAPES.iter().chain(ESCAPES)
 }
 

@@ -4,6 +4,7 @@
 
 use std::collections::BTreeSet;
 
+use api::ErrorCode;
 use model::Purpose;
 
 use super::attack::{copy_page, flip, replace, swap};
@@ -273,7 +274,7 @@ fn pages(at: u64, len: u64) -> impl Iterator<Item = u64> {
     at / PAGE as u64..(at + len) / PAGE as u64
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Verdict {
     AtOpen(ErrorCode),
     AtRead,
