@@ -227,9 +227,9 @@ fn number<T: std::str::FromStr>(text: &[u8]) -> io::Result<T> {
 /// Octal digits, to a space, NUL or the end.
 fn octal(field: &[u8]) -> io::Result<u64> {
     let digits = field.iter().skip_while(|b| **b == b' ');
-    let digits = digits.take_while(|b| !matches!(**b, b' ' | 0));
-    digits.fold(Ok(0), |sum, b| match b {
-        b'0'..=b'7' => Ok(sum? << 3 | u64::from(b - b'0')),
+    let mut digits = digits.take_while(|b| !matches!(**b, b' ' | 0));
+    digits.try_fold(0, |sum, b| match b {
+        b'0'..=b'7' => Ok(sum << 3 | u64::from(b - b'0')),
         _ => Err(bad("a number is none")),
     })
 }

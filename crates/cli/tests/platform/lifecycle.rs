@@ -360,7 +360,7 @@ fn archives_are_ciphertext_and_go_with_what_they_are_of() {
 /// Whoever has the host's disk and ends what they like brings the files of a sleep back, after it was
 /// woken: its memory is not woken twice.
 #[test]
-fn i28_memory_that_was_woken_is_not_woken_again_from_a_copy() {
+fn i29_memory_that_was_woken_is_not_woken_again_from_a_copy() {
     let p = Platform::start("[host]\npool_size = 0\n", None);
     let account = p.account("replay");
     let u = User { p: &p, account };

@@ -17,7 +17,8 @@ pub async fn get(app: Arc<App>, op: Arc<Op>, call: Arc<Call>) -> api::Result<Ans
 
 /// `POST /workspace/{ws}/runtime-api-access/enable`
 pub async fn enable(app: Arc<App>, op: Arc<Op>, call: Arc<Call>) -> api::Result<Answer> {
-    let g = access::access_enable(&app, &op, call.ws()).await?;
+    // Its future is a large one.
+    let g = Box::pin(access::access_enable(&app, &op, call.ws())).await?;
     Ok(Answer::ok(json!({ "enabled": true, "token": g.token })))
 }
 

@@ -49,7 +49,7 @@ async fn wake(w: &World, by: &AccountId, memory: &Object) -> Act {
 }
 
 #[tokio::test]
-async fn i28_memory_is_woken_once_and_only_the_last() {
+async fn i29_memory_is_woken_once_and_only_the_last() {
     let w = World::new().await;
     let (me, ws) = (account(1), workspace(1));
     w.create(&me, &ws).await.unwrap();
@@ -84,7 +84,7 @@ async fn i28_memory_is_woken_once_and_only_the_last() {
 }
 
 #[tokio::test]
-async fn i28_a_start_from_the_disk_uses_memory_up() {
+async fn i29_a_start_from_the_disk_uses_memory_up() {
     let w = World::new().await;
     let (me, ws) = (account(1), workspace(1));
     w.create(&me, &ws).await.unwrap();
@@ -111,7 +111,7 @@ async fn i28_a_start_from_the_disk_uses_memory_up() {
 }
 
 #[tokio::test]
-async fn i28_only_the_last_snapshot_is_opened_as_often_as_is_asked() {
+async fn i29_only_the_last_snapshot_is_opened_as_often_as_is_asked() {
     let w = World::new().await;
     let (me, ws) = (account(1), workspace(1));
     w.create(&me, &ws).await.unwrap();
