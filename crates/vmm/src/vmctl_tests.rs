@@ -632,7 +632,8 @@ fn more_than_a_guest_may_say_unasked_is_an_archive() {
 #[test]
 fn an_archive_that_fails_ends_and_the_workspace_runs_on() {
     let mut w = World::running();
-    let mut fails = |end: &mut dyn FnMut(&mut World, u64) -> Option<Result<Value, Error>>| {
+    type Ended = Option<Result<Value, Error>>;
+    let mut fails = |end: &mut dyn FnMut(&mut World, u64) -> Ended| {
         let (number, _file) = w.archiving();
         let ended = code(end(&mut w, number));
         assert_eq!(w.hear(), ToGuest::ArchiveStop);
