@@ -359,7 +359,10 @@ fn attack(
     };
     match change {
         Change::BitFlipped => flip(&target, page(dice) * PAGE as u64, PAGE as u64, dice),
-        Change::PageZeroed => drop(target.state().live.remove(&page(dice))),
+        Change::PageZeroed => {
+            let page = page(dice);
+            target.state().live.remove(&page);
+        }
         Change::PageGarbage => put(page(dice), dice.sector()),
         Change::PagesSwapped => swap(&target, page(dice), page(dice)),
         Change::PageOfEarlier => copy_page(&file(&earlier(dice)), &target, page(dice)),
