@@ -41,7 +41,7 @@ const ITS_OWN: [&str; 6] = [
 /// The hostile program as Firecracker is, static: of the same source, with what its dynamic twin was
 /// built with.
 fn hostile() -> PathBuf {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/hostile.rs");
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/hostile/main.rs");
     let built = Path::new(env!("CARGO_TARGET_TMPDIR")).join("hostile-static");
     let new = built.with_extension(std::process::id().to_string());
     let deps = Path::new(world::LAUNCHER).with_file_name("deps");
