@@ -1,7 +1,8 @@
 //! From "the disk is there" to a workspace. The order is a matter of safety:
 //!
 //! 1. clock, identity, config digest: whose this is, and that it is what the lease says;
-//! 2. the kernel's generator is reseeded **before any key is made**: twins of one template differ;
+//! 2. the kernel's generator is reseeded **before any key is made**, and the agent's own draws anew from
+//!    it: twins of one template, and two restores of one snapshot, differ;
 //! 3. partition, ext4, overlay, names;
 //! 4. network last: nothing can arrive before the verifiers are there.
 //!
@@ -19,6 +20,7 @@ use api::agent::{Attach, GuestConfig, StepTime, VOLUME_OFFSET_BYTES, Wake, tls_n
 use model::WorkspaceId;
 use rustix::fs::Mode;
 use rustix::mount::MountFlags;
+use seal::random::Generation;
 use seal::tls::rustls::ServerConfig;
 
 use crate::auth::{Auth, state_verify};
@@ -28,7 +30,7 @@ use crate::launch::Launcher;
 use crate::limits::{DISK_SIZE_WAIT, LEAF_TTL};
 use crate::net::{self, Address};
 use crate::rootfs;
-use crate::sys::{self, Reseeded};
+use crate::sys;
 
 /// Where the workspace's disk is mounted in the agent's namespace.
 pub const DISK: &str = "/disk";
@@ -126,8 +128,7 @@ pub fn attach(attach: &Attach, device: &Device) -> Result<Workspace, AttachError
     let (identity, disk) = identity::read(Path::new(&device.disk))?;
     let config = config_check(&attach.config, &identity)?;
     laps.lap("identity");
-    let reseeded =
-        sys::random_reseed(&identity.seed).map_err(step("reseeding the kernel's generator"))?;
+    let reseeded = reseed(&identity.seed)?;
     laps.lap("reseed");
     let tls = tls_config(&identity, &reseeded)?;
     laps.lap("tls");
@@ -164,8 +165,8 @@ pub fn attach(attach: &Attach, device: &Device) -> Result<Workspace, AttachError
 }
 
 /// Goes on as the workspace `of` after a sleep: its clock, and its address on the link that it has
-/// now; the generator is reseeded and the TLS key made anew, as memory that is woken twice would
-/// else repeat both. Nothing can arrive until it has said that it is up.
+/// now; the generators are reseeded and the TLS key made anew, as memory that is woken twice would
+/// else repeat them. Nothing can arrive until it has said that it is up.
 ///
 /// # Errors
 /// Which step failed; the machine is of no further use then.
@@ -181,8 +182,7 @@ pub fn wake(
     if identity.workspace != *of {
         return Err(AttachError::Request("the disk is another workspace's"));
     }
-    let reseeded =
-        sys::random_reseed(&identity.seed).map_err(step("reseeding the kernel's generator"))?;
+    let reseeded = reseed(&identity.seed)?;
     let tls = tls_config(&identity, &reseeded)?;
     net::renew(&address).map_err(step("configuring eth0"))?;
     Ok(tls)
@@ -233,6 +233,18 @@ pub fn clock_set(unix_ns: u64) -> Result<(), BootError> {
     };
     rustix::time::clock_settime(rustix::time::ClockId::Realtime, time)
         .map_err(|e| step("setting the clock")(e.into()))
+}
+
+/// Both generators were reseeded for this life: whoever makes a key asks for it (I-16).
+struct Reseeded(());
+
+/// The kernel's generator first, then the agent's own, which draws its seed from that. Only where no
+/// other thread speaks TLS.
+fn reseed(seed: &[u8; 64]) -> Result<Reseeded, BootError> {
+    sys::random_reseed(seed).map_err(step("reseeding the kernel's generator"))?;
+    let own = Generation::of_process().map_err(step("reseeding the agent's generator"))?;
+    own.next();
+    Ok(Reseeded(()))
 }
 
 /// The certificate's private key is fresh for each start and stays in this process.
@@ -509,16 +521,12 @@ mod tests {
         }
     }
 
-    /// A key can't be made without the proof of a reseed, which only the reseed gives; and twins,
-    /// equal in all that the host gave them, then have different keys.
+    /// A key can't be made without the proof of a reseed, which outside of this test only the reseed
+    /// gives; and twins, equal in all that the host gave them, then have different keys.
     #[test]
     fn i16_a_key_needs_a_reseed() {
         let identity = identity("");
-        // Without CAP_SYS_ADMIN the kernel refuses, and no key can be made.
-        let Ok(reseeded) = sys::random_reseed(&identity.seed) else {
-            return;
-        };
-        assert!(tls_config(&identity, &reseeded).is_ok());
+        assert!(tls_config(&identity, &Reseeded(())).is_ok());
         let issuer = seal::tls::Identity::from_seed(&identity.identity_seed);
         let leaf = || issuer.leaf("x", LEAF_TTL).unwrap();
         assert_ne!(leaf().1.secret_der(), leaf().1.secret_der());

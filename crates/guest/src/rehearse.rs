@@ -21,6 +21,7 @@ use model::{AccountId, StartId, WorkspaceId};
 use rustix::mount::{MountPropagationFlags, mount_change};
 use rustix::thread::UnshareFlags;
 use seal::Zeroizing;
+use seal::random::Generation;
 use seal::sign::{Signed, SigningKey};
 use seal::tls::tokio_rustls::TlsConnector;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -91,6 +92,8 @@ pub fn run(extent: &str) -> Result<(), BootError> {
         .map_err(|e| step("leaving the namespaces")(e.into()))?;
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     mount_change("/", private).map_err(|e| step("making mounts private")(e.into()))?;
+    // As an attach does, but before this process's first draw, which comes before its attach.
+    Generation::of_process().map_err(step("beginning a generation"))?;
     let play = Play::new();
     let (device, held) = standin(&play.identity).map_err(step("making a stand-in for the disk"))?;
     // The disk's driver, which the stand-in has not: what is there is no identity.

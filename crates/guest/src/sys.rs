@@ -97,7 +97,7 @@ pub(crate) fn device_size(disk: &File) -> io::Result<u64> {
 
 /// Mixes `seed` into the kernel's generator, credits it, and makes the generator draw from it at
 /// once: two clones of one memory image differ from here on.
-pub(crate) fn random_reseed(seed: &[u8; 64]) -> io::Result<Reseeded> {
+pub(crate) fn random_reseed(seed: &[u8; 64]) -> io::Result<()> {
     let urandom = File::options().write(true).open("/dev/urandom")?;
     let mut info = seal::Zeroizing::new([0u8; std::mem::size_of::<RandPoolInfo>()]);
     info[0..4].copy_from_slice(&512i32.to_ne_bytes());
@@ -108,12 +108,8 @@ pub(crate) fn random_reseed(seed: &[u8; 64]) -> io::Result<Reseeded> {
     // read, and the ioctl uses get_user, so that alignment is of no matter.
     check(unsafe { libc::ioctl(urandom.as_raw_fd(), RNDADDENTROPY as _, info.as_ptr()) })?;
     // SAFETY: takes no argument.
-    check(unsafe { libc::ioctl(urandom.as_raw_fd(), RNDRESEEDCRNG as _) })?;
-    Ok(Reseeded(()))
+    check(unsafe { libc::ioctl(urandom.as_raw_fd(), RNDRESEEDCRNG as _) })
 }
-
-/// The kernel's generator was reseeded for this start: whoever makes a key asks for it (I-16).
-pub(crate) struct Reseeded(());
 
 /// Grows the mounted ext4 that `on` lies on to `blocks` blocks.
 pub(crate) fn ext4_resize(on: &File, blocks: u64) -> io::Result<()> {
