@@ -117,6 +117,12 @@ pub struct Desired {
     /// Its archives, that one included: any other is removed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub archives: Vec<ObjectId>,
+    /// Its snapshot; none but this and the next stays.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<ObjectId>,
+    /// The snapshot that is being taken, to stand in the place of that once it is whole.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot_next: Option<ObjectId>,
     /// Signed `mint::TokenState`; empty while key and tokens are being made: a start then waits
     /// with an attested disk.
     pub token_state: String,

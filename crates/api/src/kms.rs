@@ -1,7 +1,7 @@
 //! The KMS's socket. No operation returns a key: what leaves is sealed to an attested process.
 
 use crate::mint::PolicyAct;
-use model::{AccountId, HostId, Purpose, StartId, WorkspaceId};
+use model::{AccountId, HostId, ObjectId, Purpose, StartId, WorkspaceId};
 use serde::{Deserialize, Serialize};
 
 /// What an intent of one event may release.
@@ -15,8 +15,7 @@ pub struct Backing {
     pub source: &'static [Purpose],
     /// The act of a standing policy that may stand in for a client's assertion.
     pub policy: Option<PolicyAct>,
-    /// The act makes the images that it names, each in the place of the one before; any other opens
-    /// those that are there.
+    /// The act makes the images that it names; any other opens those that are there.
     pub begins: bool,
 }
 
@@ -110,6 +109,14 @@ pub enum Op {
         /// Receipt of the intent.
         receipt: serde_json::Value,
     },
+    /// The workspace's snapshot of this id stands: those that stood before are opened no more. Of one
+    /// that was never begun, nothing. Answer: `true`.
+    SnapshotKeep {
+        /// The workspace.
+        workspace: WorkspaceId,
+        /// The snapshot.
+        object: ObjectId,
+    },
     /// Releases a workspace's subkeys, sealed to the attested process. Answer: [`Released`].
     Release {
         /// Receipt of the intent that holds the lease.
@@ -163,6 +170,7 @@ impl Op {
             Self::WorkspaceKeyCreate { .. } => "workspace_key_create",
             Self::Release { .. } => "release",
             Self::Anchor { .. } => "anchor",
+            Self::SnapshotKeep { .. } => "snapshot_keep",
             Self::Destroy { .. } => "destroy",
             Self::Status => "status",
             Self::Unseal { .. } => "unseal",

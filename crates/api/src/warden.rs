@@ -54,10 +54,10 @@ pub enum Op {
         /// Processes and threads of the VMM; 0 is warden's own bound.
         #[serde(default)]
         pids: u32,
-        /// Begin the disk anew, as a copy of this workspace's `snapshot_disk`: its own to restore,
-        /// another's to fork. What the disk was is gone once the grant is answered.
+        /// Begin the disk anew, as a copy of this snapshot's: its own to restore, another's to fork.
+        /// What the disk was is gone once the grant is answered.
         #[serde(default, skip_serializing_if = "Option::is_none")]
-        from: Option<WorkspaceId>,
+        from: Option<Snapshot>,
     },
     /// Gives the disk process its sealed grant; it opens (or, if the disk is new, formats) the
     /// volume; the file goes to vmctl. Answer: `true`.
@@ -82,11 +82,13 @@ pub enum Op {
         /// The lease's nonce, 32 bytes hex.
         nonce: String,
     },
-    /// Gives it the copy's key: the disk as it stands is encrypted again into the workspace's
-    /// `snapshot_disk`, in the place of the one before. Answer, once that is durable: `true`.
+    /// Gives it the copy's key: the disk as it stands is encrypted again into a `snapshot_disk` beside
+    /// those that there are. Answer, once that is durable: `true`.
     SnapshotDiskGrant {
         /// The slot.
         slot: u16,
+        /// The snapshot's id.
+        id: ObjectId,
         /// `kms::Released::sealed`.
         sealed: String,
         /// `kms::Released::aad`.
@@ -107,9 +109,12 @@ pub enum Op {
         nonce: String,
         /// Make a new image. Otherwise wake from the one that is there, or read the archive.
         save: bool,
-        /// Which archive; with `archive` only.
+        /// Which snapshot or archive; of memory there is one.
         #[serde(default, skip_serializing_if = "Option::is_none")]
-        archive: Option<Archive>,
+        id: Option<ObjectId>,
+        /// What an archive that is made may hold, MiB; with such a one only.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        size_mb: Option<u32>,
     },
     /// Gives that process its sealed grant. To save: a new image is made and vmctl has its file
     /// (`vmctl::Op::MemorySave`, `vmctl::Op::Archive`). To read an archive: vmctl has its file
@@ -134,9 +139,9 @@ pub enum Op {
     ObjectErase {
         /// The workspace.
         workspace: WorkspaceId,
-        /// The object; must not be on a slot.
+        /// The object; must not be on a slot. Of a snapshot, a VM that was restored from it reads on.
         purpose: Purpose,
-        /// Which archive; with `archive` only.
+        /// Which snapshot or archive.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         id: Option<ObjectId>,
     },
@@ -195,14 +200,14 @@ pub enum Start {
     Wake,
 }
 
-/// An archive.
+/// A snapshot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Archive {
+pub struct Snapshot {
+    /// Whose.
+    pub workspace: WorkspaceId,
     /// Its id.
     pub id: ObjectId,
-    /// What it may hold, MiB; of one that is read, any.
-    pub size_mb: u32,
 }
 
 /// What becomes of saved memory.
@@ -211,7 +216,7 @@ pub struct Archive {
 pub enum MemoryEnd {
     /// It becomes the workspace's image, and the slot is closed: from then on the workspace sleeps.
     Sleep,
-    /// It becomes the workspace's image, or one of its archives; the VM stays as it is.
+    /// It becomes the memory of the snapshot, or the archive, of its id; the VM stays as it is.
     Keep,
     /// Nothing; the VM stays as it is.
     Drop,
@@ -307,7 +312,7 @@ pub struct Memory {
 pub struct Object {
     /// What it is.
     pub purpose: Purpose,
-    /// Which archive.
+    /// Which snapshot or archive.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<ObjectId>,
     /// What it takes up, bytes.

@@ -3,7 +3,7 @@
 //!
 //! What it does by itself it does under the owner's standing policy, or to close something.
 
-use crate::app::{App, archive, creation, power, removal, sleep, standing};
+use crate::app::{App, archive, creation, power, removal, sleep, snapshot, standing};
 use crate::limits::{NEWS_WAIT_MS, RECONCILE_EVERY, RECONCILE_GAP, SLEEP_RETRY_MS};
 use crate::op::Op;
 use crate::store::{Stage, Workspace};
@@ -121,6 +121,9 @@ async fn one(app: &Arc<App>, w: &Workspace, kms_sealed: &mut Option<bool>) -> ap
     }
     if archive::is_begun(w) {
         return archive::archive_unwind(app, w).await;
+    }
+    if w.doc.life.snapshot_next.is_some() {
+        return snapshot::snapshot_unwind(app, w).await;
     }
     let now_ms = app.now_ms();
     if w.doc.ttl_expires_ms.is_some_and(|t| t <= now_ms) {

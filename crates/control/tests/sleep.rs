@@ -305,4 +305,67 @@ async fn a_snapshot_that_fails_is_none_and_the_workspace_goes_on() {
     assert_eq!(power_of(&w, &id).await, Power::Running);
     assert_eq!(lifecycle(&w, &id).await["snapshot"], Value::Null);
     assert_eq!(post(&w, &id, "restore", json!({})).await.status, 409);
+    // Nor does it cost the one before.
+    let kept = post(&w, &id, "snapshot", json!({})).await;
+    assert_eq!(kept.status, 200, "{kept:?}");
+    let why = Error::new(ErrorCode::StorageFull, "no room");
+    w.doubles.state().starts_fail = Some(why);
+    assert_eq!(post(&w, &id, "snapshot", json!({})).await.status, 504);
+    w.doubles.state().starts_fail = None;
+    w.until("its host knows of one", async || {
+        (snapshots(&w, &id).len() == 1).then_some(())
+    })
+    .await;
+    let up = post(&w, &id, "restore", json!({})).await;
+    assert_eq!(up.body["workspace"]["status"], "running", "{up:?}");
+}
+
+/// The snapshots that host was told of, and has.
+fn snapshots(w: &World, id: &str) -> Vec<model::ObjectId> {
+    let s = w.doubles.state();
+    s.snapshots.get(&id_of(id)).cloned().unwrap_or_default()
+}
+
+/// Host took it and control died before it heard: it is none, the one before stands, and the log says so.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_snapshot_that_a_kill_interrupts_leaves_the_one_before() {
+    for mut w in World::each().await {
+        let id = w.workspace(json!({})).await;
+        let kept = post(&w, &id, "snapshot", json!({})).await;
+        assert_eq!(kept.status, 200, "{kept:?}");
+        let before = snapshots(&w, &id);
+        w.doubles.state().silent = Some("host.apply".into());
+        let taken = w.until("the snapshot at host", async || {
+            (snapshots(&w, &id).len() == 2).then_some(())
+        });
+        tokio::select! {
+            got = post(&w, &id, "snapshot", json!({})) => panic!("{got:?}"),
+            () = taken => {}
+        }
+        w.doubles.state().silent = None;
+        w.kill();
+        w.start().await;
+        w.until("it is given up", async || {
+            (snapshots(&w, &id) == before).then_some(())
+        })
+        .await;
+        let ends: Vec<_> = {
+            let s = w.doubles.state();
+            let all = s.entries.iter().map(|(_, e)| e);
+            let ends = all.filter(|e| e.event == "workspace.snapshot" && e.phase == Phase::Outcome);
+            ends.cloned().collect()
+        };
+        let results: Vec<_> = ends.iter().filter_map(|e| e.result.as_deref()).collect();
+        // Said once, or again by the next control.
+        let given_up = results[1..].iter().all(|r| *r == "unavailable");
+        assert!(
+            results[0] == "ok" && results.len() > 1 && given_up,
+            "{results:?}"
+        );
+        let asked = intents(&w, "workspace.snapshot").pop().unwrap();
+        assert_eq!(ends[1].request_id, asked.request_id);
+        let up = post(&w, &id, "restore", json!({})).await;
+        assert_eq!(up.body["workspace"]["status"], "running", "{up:?}");
+        assert_eq!(snapshots(&w, &id), before);
+    }
 }

@@ -132,6 +132,8 @@ pub(crate) mod tests {
             wakes: false,
             archive: None,
             archives: Vec::new(),
+            snapshot: None,
+            snapshot_next: None,
             lease: Some(serde_json::json!({"secretish": 1})),
             start: None,
             token_state: "v1.x".into(),

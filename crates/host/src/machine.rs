@@ -27,7 +27,8 @@
 //! - A stop asks the guest (`shutdown`); a delete does not: its key is gone anyway.
 //! - A sleep or snapshot that fails leaves the workspace as it was: what was begun is dropped, and
 //!   the guest goes on. A wake that fails before its disk is granted leaves it asleep.
-//! - Archives that are not wanted are removed before the workspace rests.
+//! - Archives and snapshots that are not wanted are removed before the workspace rests, and before a
+//!   snapshot is begun: by then the KMS knows the one before it for the one that stands.
 //! - Saved memory beside a start from the disk is stale: it is removed before that start.
 //! - After a kill of host, whatever is between `Absent` and `Running` is found as `Down`, and what
 //!   was being saved is dropped: answers that were in flight are lost, and leases are never written
@@ -123,8 +124,8 @@ pub struct Facts {
     pub refused: bool,
     /// It could not be saved for this generation.
     pub unsaved: bool,
-    /// No archive is here but those that are wanted.
-    pub archives_current: bool,
+    /// No archive and no snapshot is here but those that are wanted.
+    pub swept: bool,
 }
 
 /// The next thing to do. Each may be done twice.
@@ -158,8 +159,8 @@ pub enum Step {
     SaveDrop,
     /// Saved memory is removed.
     Forget,
-    /// Archives that are not wanted are removed.
-    ArchivesSweep,
+    /// Archives and snapshots that are not wanted are removed.
+    Sweep,
     /// Ask the guest to end.
     Shutdown,
     /// End everything on the slot.
@@ -213,11 +214,7 @@ fn absent(power: Power, facts: &Facts) -> Step {
 
 /// Nothing, once what is not wanted is gone.
 fn rest(facts: &Facts) -> Step {
-    if facts.archives_current {
-        Step::Rest
-    } else {
-        Step::ArchivesSweep
-    }
+    if facts.swept { Step::Rest } else { Step::Sweep }
 }
 
 /// The next step of a workspace whose guest is up.
@@ -247,6 +244,7 @@ fn up(power: Power, facts: &Facts) -> Step {
     match (power, saves) {
         (_, Some(Act::Archive | Act::Unarchive)) if paused => Step::Resume,
         (_, Some(act @ (Act::Archive | Act::Unarchive))) => Step::Save(act, None),
+        (_, Some(Act::Snapshot)) if !facts.swept => Step::Sweep,
         (_, Some(act)) if paused => Step::Save(act, None),
         (_, Some(_)) => Step::Pause,
         // A stopped CPU can't say goodbye.
@@ -341,7 +339,7 @@ mod tests {
             }
             Step::SaveDrop => f.saving = None,
             Step::Forget => f.memory = false,
-            Step::ArchivesSweep => f.archives_current = true,
+            Step::Sweep => f.swept = true,
             Step::Shutdown => (f.vm, f.saving) = (Vm::Down, None),
             Step::Close => (f.vm, f.saving, f.waking) = (Vm::Absent, None, false),
             Step::Erase => (f.erased, f.memory) = (true, false),
@@ -358,7 +356,7 @@ mod tests {
             Step::NetSet if matches!(f.vm, Vm::Running | Vm::Paused) => {}
             Step::Save(..) => (f.unsaved, f.lease) = (true, None),
             Step::SaveDrop => f.saving = None,
-            Step::Close | Step::Forget | Step::ArchivesSweep => {}
+            Step::Close | Step::Forget | Step::Sweep => {}
             _ => (f.vm, f.lease) = (Vm::Down, None),
         }
         f
@@ -391,7 +389,7 @@ mod tests {
                     memory: m && !up,
                     refused: r,
                     unsaved: u,
-                    archives_current: a,
+                    swept: a,
                 }
             },
         )
@@ -409,7 +407,7 @@ mod tests {
             memory: false,
             refused: false,
             unsaved: false,
-            archives_current: true,
+            swept: true,
         }
     }
 
@@ -516,9 +514,11 @@ mod tests {
         }
         let up = Facts {
             vm: Vm::Running,
+            swept: false,
             ..fresh(Act::Snapshot)
         };
-        assert_eq!(settle(Power::Paused, up).0.vm, Vm::Paused);
+        let (end, taken) = settle(Power::Paused, up);
+        assert_eq!((end.vm, taken[0]), (Vm::Paused, Step::Sweep));
     }
 
     #[test]
@@ -578,7 +578,7 @@ mod tests {
                 prop_assert!(end.net_current && end.saving.is_none());
             }
             let deleted = power == Power::Deleted;
-            prop_assert!(end.archives_current || deleted || end.vm == Vm::Attested);
+            prop_assert!(end.swept || deleted || end.vm == Vm::Attested);
             let at = |s| taken.iter().position(|t| *t == s);
             if let Some(attach) = at(Step::Attach) {
                 let wakes = f.waking || taken.contains(&Step::MemoryGrant);
@@ -664,7 +664,7 @@ mod tests {
         #[test]
         fn nothing_starts_without_a_lease(f in facts(), p in 0..POWERS.len()) {
             let f = Facts { lease: None, vm: Vm::Absent, ..f };
-            let still = [Step::Rest, Step::Erase, Step::Forget, Step::ArchivesSweep];
+            let still = [Step::Rest, Step::Erase, Step::Forget, Step::Sweep];
             prop_assert!(still.contains(&next(POWERS[p], &f)));
         }
 

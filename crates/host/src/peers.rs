@@ -79,7 +79,7 @@ impl Peers {
         slot: u16,
         lease: &Lease,
         desired: &Desired,
-        from: Option<WorkspaceId>,
+        from: Option<warden::Snapshot>,
     ) -> api::Result<warden::DiskOpened> {
         let op = warden::Op::DiskOpen {
             slot,
@@ -150,9 +150,15 @@ impl Peers {
             .await
     }
 
-    pub(crate) async fn copy_grant(&self, slot: u16, key: kms::Released) -> api::Result<bool> {
+    pub(crate) async fn copy_grant(
+        &self,
+        slot: u16,
+        id: ObjectId,
+        key: kms::Released,
+    ) -> api::Result<bool> {
         let op = warden::Op::SnapshotDiskGrant {
             slot,
+            id,
             sealed: key.sealed,
             aad: key.aad,
         };
@@ -165,9 +171,9 @@ impl Peers {
         &self,
         slot: u16,
         lease: &Lease,
-        purpose: Purpose,
+        (purpose, id): (Purpose, Option<ObjectId>),
         save: bool,
-        archive: Option<warden::Archive>,
+        size_mb: Option<u32>,
     ) -> api::Result<warden::Attested> {
         let op = warden::Op::MemoryOpen {
             slot,
@@ -176,7 +182,8 @@ impl Peers {
             purpose,
             nonce: lease.nonce.clone(),
             save,
-            archive,
+            id,
+            size_mb,
         };
         self.warden
             .call_within(lease.start_id.as_str(), &op, GRANT_CALL_MAX)
@@ -246,6 +253,19 @@ impl Peers {
         self.warden
             .call_within("internal:host", &op, SLOT_CALL_MAX)
             .await
+    }
+
+    /// The snapshot stands; the KMS forgets those that stood before.
+    pub(crate) async fn snapshot_keep(
+        &self,
+        workspace: &WorkspaceId,
+        object: &ObjectId,
+    ) -> api::Result<bool> {
+        let op = kms::Op::SnapshotKeep {
+            workspace: workspace.clone(),
+            object: object.clone(),
+        };
+        self.kms.call("internal:host", &op).await
     }
 
     pub(crate) async fn anchor(&self, statement: &AnchorStatement) -> api::Result<kms::Anchor> {

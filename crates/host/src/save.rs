@@ -11,7 +11,7 @@ use crate::workspace::{Shared, Workspace, lost, no_lease};
 use api::audit::{Lease, Object};
 use api::host::{Archived, Desired};
 use api::kms::Released;
-use api::warden::{Archive, MemoryEnd, VmOpened};
+use api::warden::{MemoryEnd, Snapshot, VmOpened};
 use api::{Error, ErrorCode};
 use model::{ObjectId, Purpose, WorkspaceId};
 use std::sync::Arc;
@@ -48,16 +48,50 @@ pub(crate) fn act_of(lease: &Lease, desired: &Desired) -> Act {
     }
 }
 
-/// Which memory a start's lease opens.
-fn memory_of(lease: &Lease) -> Option<Purpose> {
-    let mut also = lease.also.iter().map(|o| o.purpose);
-    also.find(|p| matches!(p, Purpose::Memory | Purpose::SnapshotMemory))
+/// Which memory a start's or a snapshot's lease opens, and of which snapshot.
+fn memory_of(lease: &Lease) -> Option<(Purpose, Option<ObjectId>)> {
+    let mut also = lease.also.iter();
+    let is_memory = |o: &&Object| matches!(o.purpose, Purpose::Memory | Purpose::SnapshotMemory);
+    let memory = also.find(is_memory)?;
+    let id = memory.id.clone().filter(|_| memory.purpose.is_by_id());
+    Some((memory.purpose, id))
 }
 
-/// Whose snapshot's disk a start's lease opens: the disk begins as a copy of it.
-pub(crate) fn copied_from(lease: &Lease) -> Option<WorkspaceId> {
+/// The snapshot whose disk a start's lease opens: the disk begins as a copy of it.
+pub(crate) fn copied_from(lease: &Lease) -> Option<Snapshot> {
     let is_copy = |o: &&Object| o.purpose == Purpose::SnapshotDisk;
-    lease.also.iter().find(is_copy).map(|o| o.workspace.clone())
+    let copied = lease.also.iter().find(is_copy)?;
+    Some(Snapshot {
+        workspace: copied.workspace.clone(),
+        id: copied.id.clone()?,
+    })
+}
+
+/// What of a workspace is at rest by an id and stays there.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Kept {
+    archives: Vec<ObjectId>,
+    snapshot: Option<ObjectId>,
+    snapshot_next: Option<ObjectId>,
+}
+
+impl Kept {
+    pub(crate) fn of(desired: &Desired) -> Self {
+        Self {
+            archives: desired.archives.clone(),
+            snapshot: desired.snapshot.clone(),
+            snapshot_next: desired.snapshot_next.clone(),
+        }
+    }
+
+    fn has(&self, purpose: Purpose, id: Option<&ObjectId>) -> bool {
+        let snapshots = [self.snapshot.as_ref(), self.snapshot_next.as_ref()];
+        match purpose {
+            Purpose::Archive => id.is_some_and(|id| self.archives.contains(id)),
+            Purpose::SnapshotDisk | Purpose::SnapshotMemory => snapshots.contains(&id),
+            Purpose::Disk | Purpose::Memory => true,
+        }
+    }
 }
 
 /// How a start from saved memory is called.
@@ -89,10 +123,6 @@ impl Workspace {
             return Ok(());
         }
         let saving = self.saving.as_mut().ok_or_else(lost)?;
-        let memory = match act {
-            Act::Snapshot => Purpose::SnapshotMemory,
-            _ => Purpose::Memory,
-        };
         let after = match stage {
             Stage::CopyAttested | Stage::Attested => {
                 let key = peers
@@ -107,20 +137,16 @@ impl Workspace {
             }
             Stage::CopyKeyed => {
                 let key = saving.released.take().ok_or_else(lost)?;
-                peers.copy_grant(slot, key).await?;
+                let id = saving.lease.object.clone().ok_or_else(no_lease)?;
+                peers.copy_grant(slot, id, key).await?;
                 if memory_of(&saving.lease).is_none() {
-                    // What the snapshot before it kept of memory goes with no disk any more; a VM that
-                    // was restored runs on it yet, and then it stays until the next.
-                    match peers.object_erase(&self.id, memory, None).await {
-                        Err(e) if e.code != ErrorCode::Conflict => return Err(e),
-                        _ => {}
-                    }
                     self.snapshot = self.saving.take().and_then(|s| s.lease.object);
                     return Ok(());
                 }
                 Stage::Copied
             }
             Stage::Copied => {
+                let memory = memory_of(&saving.lease).ok_or_else(no_lease)?;
                 let opened = peers
                     .memory_open(slot, &saving.lease, memory, true, None)
                     .await?;
@@ -159,13 +185,15 @@ impl Workspace {
                 // The volume's first MiB is its note.
                 let size_mb = desired.archive.as_ref().map_or(0, |a| a.max_mb) + 1;
                 let size_mb = size_mb.min(*model::limits::DISK_MB.end());
-                let archive = Some(Archive { id, size_mb });
+                let archive = (Purpose::Archive, Some(id));
                 let makes = act == Act::Archive;
-                let opened = peers.memory_open(slot, &lease, Purpose::Archive, makes, archive);
+                let size_mb = makes.then_some(size_mb);
+                let opened = peers.memory_open(slot, &lease, archive, makes, size_mb);
                 (Stage::Attested, opened.await?)
             }
             _ => {
-                let opened = peers.memory_open(slot, &lease, Purpose::Memory, true, None);
+                let memory = (Purpose::Memory, None);
+                let opened = peers.memory_open(slot, &lease, memory, true, None);
                 (Stage::Attested, opened.await?)
             }
         };
@@ -252,13 +280,14 @@ impl Workspace {
     pub(crate) async fn memory_open(&mut self, desired: &Desired) -> api::Result<()> {
         let (lease, _) = self.lease(desired).ok_or_else(no_lease)?;
         let lease = lease.clone();
-        let purpose = memory_of(&lease).ok_or_else(no_lease)?;
+        let memory = memory_of(&lease).ok_or_else(no_lease)?;
+        let purpose = memory.0;
         (self.crashed, self.error) = (false, None);
         let shared = Arc::clone(&self.shared);
         let slot = shared.fleet.slot_for_memory()?;
         let opened = match shared
             .peers
-            .memory_open(slot, &lease, purpose, false, None)
+            .memory_open(slot, &lease, memory, false, None)
             .await
         {
             Ok(opened) => opened,
@@ -344,23 +373,27 @@ impl Workspace {
     }
 }
 
-/// Removes the archives of a workspace that are none of these. Idempotent.
-pub(crate) async fn archives_sweep(
+/// Removes the archives and snapshots of a workspace that are none of these, and has the KMS forget the
+/// snapshots that stood before. Idempotent.
+pub(crate) async fn sweep(
     shared: &Shared,
     workspace: &WorkspaceId,
-    wanted: &[ObjectId],
+    kept: &Kept,
 ) -> api::Result<()> {
     let all = match shared.peers.objects(workspace).await {
         Err(e) if e.code == ErrorCode::NotSupported => return Ok(()),
         all => all?,
     };
-    for object in all.into_iter().filter(|o| o.purpose == Purpose::Archive) {
-        if object.id.as_ref().is_none_or(|id| !wanted.contains(id)) {
+    for object in all {
+        if !kept.has(object.purpose, object.id.as_ref()) {
             shared
                 .peers
                 .object_erase(workspace, object.purpose, object.id)
                 .await?;
         }
+    }
+    if let Some(snapshot) = &kept.snapshot {
+        shared.peers.snapshot_keep(workspace, snapshot).await?;
     }
     Ok(())
 }

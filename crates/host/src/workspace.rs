@@ -128,8 +128,8 @@ pub struct Workspace {
     pub(crate) snapshot: Option<ObjectId>,
     /// The last archive.
     pub(crate) archived: Option<Archived>,
-    /// The wanted archives beside which there is none.
-    swept: Option<Vec<ObjectId>>,
+    /// The archives and snapshots beside which there is none.
+    swept: Option<save::Kept>,
     erased: bool,
     pub(crate) crashed: bool,
     pub(crate) error: Option<Error>,
@@ -239,7 +239,7 @@ impl Workspace {
             Found::New => {
                 // A first start has nothing here to look for.
                 self.looked = self.desired.borrow().start.is_some();
-                self.swept = self.looked.then(Vec::new);
+                self.swept = self.looked.then(save::Kept::default);
                 return;
             }
             Found::Nothing => {}
@@ -284,7 +284,7 @@ impl Workspace {
             memory: self.memory,
             refused: self.refused == Some(desired.generation),
             unsaved: self.unsaved == Some(desired.generation),
-            archives_current: self.swept.as_ref() == Some(&desired.archives),
+            swept: self.swept.as_ref() == Some(&save::Kept::of(desired)),
         }
     }
 
@@ -404,9 +404,10 @@ impl Workspace {
                 peers.object_erase(&self.id, Purpose::Memory, None).await?;
                 self.memory = false;
             }
-            Step::ArchivesSweep => {
-                save::archives_sweep(&shared, &self.id, &desired.archives).await?;
-                self.swept = Some(desired.archives.clone());
+            Step::Sweep => {
+                let kept = save::Kept::of(desired);
+                save::sweep(&shared, &self.id, &kept).await?;
+                self.swept = Some(kept);
             }
             Step::Shutdown => {
                 // Whatever comes of it, the VM is closed next.
@@ -582,7 +583,7 @@ impl Workspace {
                 self.refused = Some(desired.generation);
                 self.error = Some(e);
             }
-            Step::Close | Step::Erase | Step::Forget | Step::ArchivesSweep => {
+            Step::Close | Step::Erase | Step::Forget | Step::Sweep => {
                 return self.pause().await;
             }
             // What was begun is dropped next, and the guest goes on.
@@ -617,7 +618,7 @@ impl Workspace {
     fn publish(&mut self, desired: &Desired, step: Step) {
         let state = match (step, self.vm) {
             // A snapshot is news when it is there, and so is an archive, or that it is gone.
-            (Step::ArchivesSweep, _)
+            (Step::Sweep, _)
             | (
                 Step::NetSet | Step::Pause | Step::Resume | Step::SaveDrop,
                 Vm::Running | Vm::Paused,

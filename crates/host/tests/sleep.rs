@@ -5,7 +5,7 @@ mod common;
 
 use api::ErrorCode;
 use api::host::ActualState::{Asleep, Crashed, Deleted, Failed, Paused, Running, Stopped};
-use api::host::{Actual, ActualState};
+use api::host::{Actual, ActualState, Desired};
 use common::{World, until};
 use model::{ObjectId, Power, Purpose, WorkspaceId};
 
@@ -42,9 +42,21 @@ fn ws(n: u8) -> WorkspaceId {
     WorkspaceId::from_bytes([n; 8])
 }
 
-fn has(w: &World, n: u8, purpose: Purpose) -> bool {
+fn has_memory(w: &World, n: u8) -> bool {
+    w.doubles.state().memory.contains_key(&ws(n))
+}
+
+/// The parts of snapshots that are at rest: which, of which.
+fn snapshots(w: &World, n: u8) -> Vec<(&'static str, ObjectId)> {
     let s = w.doubles.state();
-    s.objects.contains_key(&(ws(n), purpose.label()))
+    let of = s.objects.iter().filter(|(w, ..)| *w == ws(n));
+    of.map(|(_, label, id)| (*label, id.clone())).collect()
+}
+
+/// Both parts of one.
+fn pair(object: u8) -> Vec<(&'static str, ObjectId)> {
+    let kinds = [Purpose::SnapshotDisk, Purpose::SnapshotMemory];
+    kinds.map(|p| (p.label(), id(object))).into()
 }
 
 /// The object's number goes into its key: another one does not open it.
@@ -58,12 +70,32 @@ async fn wake(w: &mut World, n: u8, object: u8) -> Actual {
     w.act(n, Power::Running, &opens).await
 }
 
+/// What a snapshot opens, with memory or without.
+fn opens(n: u8, object: u8, memory: bool) -> Vec<(u8, Purpose, u8)> {
+    let disk = (n, Purpose::SnapshotDisk, object);
+    let memory = memory.then_some((n, Purpose::SnapshotMemory, object));
+    std::iter::once(disk).chain(memory).collect()
+}
+
+fn snapshot_wish(w: &mut World, n: u8, object: u8, after: Power, memory: bool) -> Desired {
+    let mut wish = w.wish(n, after);
+    wish.snapshot_next = Some(id(object));
+    w.with_lease(wish, &opens(n, object, memory))
+}
+
+/// Takes one; if host says so, it is the one that stands in each later wish.
+async fn snapshot_with(w: &mut World, n: u8, wish: Desired) -> Actual {
+    let next = wish.snapshot_next.clone();
+    let actual = w.apply(wish).await.unwrap();
+    if actual.snapshot == next {
+        w.snapshots.extend(next.map(|id| (n, id)));
+    }
+    actual
+}
+
 async fn snapshot(w: &mut World, n: u8, object: u8, after: Power) -> Actual {
-    let opens = [
-        (n, Purpose::SnapshotDisk, object),
-        (n, Purpose::SnapshotMemory, object),
-    ];
-    w.act(n, after, &opens).await
+    let wish = snapshot_wish(w, n, object, after, true);
+    snapshot_with(w, n, wish).await
 }
 
 async fn restore(w: &mut World, n: u8, object: u8) -> Actual {
@@ -88,7 +120,7 @@ async fn a_workspace_sleeps_and_wakes_with_its_memory_once() {
     let asked = w.doubles.state().asked[before..].to_vec();
     let asked = asked.iter().filter(|a| SLEEP.contains(&a.as_str()));
     assert_eq!(asked.collect::<Vec<_>>(), SLEEP);
-    assert!(w.slots_of(1).is_empty() && has(&w, 1, Purpose::Memory));
+    assert!(w.slots_of(1).is_empty() && has_memory(&w, 1));
 
     let before = w.doubles.state().asked.len();
     let up = wake(&mut w, 1, 1).await;
@@ -97,23 +129,23 @@ async fn a_workspace_sleeps_and_wakes_with_its_memory_once() {
     let asked = asked.iter().filter(|a| WOKEN.contains(&a.as_str()));
     assert_eq!(asked.collect::<Vec<_>>(), WOKEN, "its network opens last");
     assert_eq!(up.started_from.as_deref(), Some("wake"));
-    assert!(up.ip.is_some() && !has(&w, 1, Purpose::Memory));
+    assert!(up.ip.is_some() && !has_memory(&w, 1));
 
     // A stop of what sleeps, and a start from the disk, take the memory away first.
     sleep(&mut w, 1, 2).await;
     let stopped = w.bring(1, Power::Stopped).await;
     assert_eq!((stopped.state, stopped.memory), (Stopped, false));
-    assert!(!has(&w, 1, Purpose::Memory));
+    assert!(!has_memory(&w, 1));
     w.bring(1, Power::Running).await;
     sleep(&mut w, 1, 3).await;
     let plain = w.bring(1, Power::Running).await;
     assert_ne!(plain.started_from.as_deref(), Some("wake"));
-    assert!(!has(&w, 1, Purpose::Memory));
+    assert!(!has_memory(&w, 1));
 
     sleep(&mut w, 1, 4).await;
     assert_eq!(w.bring(1, Power::Deleted).await.state, Deleted);
     let s = w.doubles.state();
-    assert!(s.objects.is_empty() && s.disks.is_empty());
+    assert!(s.memory.is_empty() && s.disks.is_empty());
     assert!(s.slots.values().all(|x| x.at.workspace.is_none()));
 }
 
@@ -146,7 +178,7 @@ async fn a_wake_that_fails_before_its_disk_is_granted_leaves_it_asleep() {
         let failed = wake(&mut w, n, 1).await;
         assert_eq!((failed.state, failed.memory), (Failed, true), "{step}");
         assert_eq!(failed.error.unwrap().code, ErrorCode::MemoryStale, "{step}");
-        assert!(w.slots_of(n).is_empty() && has(&w, n, Purpose::Memory));
+        assert!(w.slots_of(n).is_empty() && has_memory(&w, n));
         w.doubles.state().failing.clear();
         // Asked to be asleep, it is; with another object's key, it does not wake.
         assert_eq!(w.bring(n, Power::Asleep).await.state, Asleep);
@@ -191,20 +223,24 @@ async fn a_snapshot_is_restored_and_forked_and_stays() {
             (up.state, up.started_from.as_deref()),
             (Running, Some("restore"))
         );
-        assert!(has(&w, 1, Purpose::SnapshotMemory) && has(&w, 1, Purpose::SnapshotDisk));
+        assert_eq!(snapshots(&w, 1), pair(2));
         w.bring(1, Power::Stopped).await;
     }
-    // Of the disk only: no memory is saved, and that of the one before goes.
+    // Of the disk only: no memory is saved, and that of the one before goes with it, once the next wish
+    // says that the new one stands.
     w.bring(1, Power::Running).await;
     let before = w.doubles.state().asked.len();
-    let opens = [(1, Purpose::SnapshotDisk, 2)];
-    let kept = w.act(1, Power::Running, &opens).await;
-    let id = Some(ObjectId::from_bytes([2; 8]));
-    assert_eq!((kept.state, kept.snapshot), (Running, id));
+    let wish = snapshot_wish(&mut w, 1, 3, Power::Running, false);
+    let kept = snapshot_with(&mut w, 1, wish).await;
+    assert_eq!((kept.state, kept.snapshot), (Running, Some(id(3))));
     let asked = w.doubles.state().asked[before..].to_vec();
     assert!(!asked.iter().any(|a| a.contains("memory")), "{asked:?}");
-    assert!(!has(&w, 1, Purpose::SnapshotMemory) && has(&w, 1, Purpose::SnapshotDisk));
-    let opens = [(2, Purpose::Disk, 0), (1, Purpose::SnapshotDisk, 2)];
+    assert_eq!(snapshots(&w, 1).len(), 3);
+    w.bring(1, Power::Running).await;
+    assert_eq!(snapshots(&w, 1), pair(3)[..1]);
+    let last = w.doubles.state().kept.last().cloned();
+    assert_eq!(last, Some((ws(1), id(3))), "the KMS knows");
+    let opens = [(2, Purpose::Disk, 0), (1, Purpose::SnapshotDisk, 3)];
     let fork = w.act(2, Power::Running, &opens).await;
     assert_eq!(fork.state, Running);
     w.bring(1, Power::Deleted).await;
@@ -325,15 +361,18 @@ async fn a_kill_after_each_step_of_a_snapshot_or_restore_leaves_nothing_half_don
     for (n, step) in SNAPSHOT.iter().enumerate() {
         let n = u8::try_from(n).unwrap() + 1;
         w.bring(n, Power::Running).await;
-        let opens = [
-            (n, Purpose::SnapshotDisk, 1),
-            (n, Purpose::SnapshotMemory, 1),
-        ];
-        kill_at(&mut w, n, Power::Running, &opens, step).await;
+        snapshot(&mut w, n, 1, Power::Running).await;
+        let wish = snapshot_wish(&mut w, n, 9, Power::Running, true);
+        kill_with(&mut w, wish, step).await;
         assert_eq!(rests(&w, n).await, (Running, false), "{step}");
+        // Given up, it has cost the one before nothing, and nothing of it is left.
+        w.bring(n, Power::Stopped).await;
+        assert_eq!(snapshots(&w, n), pair(1), "{step}");
+        assert_eq!(restore(&mut w, n, 1).await.state, Running, "{step}");
         let kept = snapshot(&mut w, n, 2, Power::Running).await;
         assert!(kept.snapshot.is_some(), "{step}");
         w.bring(n, Power::Stopped).await;
+        assert_eq!(snapshots(&w, n), pair(2), "{step}");
         let opens = [
             (n, Purpose::Disk, 0),
             (n, Purpose::SnapshotDisk, 2),
@@ -373,8 +412,8 @@ fn archive_wish(w: &mut World, n: u8, object: u8, beside: &[u8]) -> api::host::D
 
 fn archives(w: &World, n: u8) -> Vec<ObjectId> {
     let s = w.doubles.state();
-    let of = s.archives.iter().filter(|(w, _)| *w == ws(n));
-    of.map(|(_, id)| id.clone()).collect()
+    let of = s.objects.iter().filter(|(w, ..)| *w == ws(n));
+    of.map(|(.., id)| id.clone()).collect()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

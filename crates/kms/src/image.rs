@@ -1,12 +1,15 @@
-//! Which image of a workspace may be opened: of each kind the last that was begun, and memory once.
+//! Which image of a workspace may be opened: of each kind the last, and memory once.
 //!
 //! ```text
-//! sleep, snapshot: key of (object, this run) ─▶ noted, in the place of the one before
-//! wake, restore, fork: is it the one noted? ─▶ key of (object, the run that it was noted with)
+//! sleep: key of (object, this run) ─▶ noted, in the place of the one before
+//! snapshot: the same ─▶ noted beside the one that stands, in the place of one that was only begun
+//! wake, restore, fork: is it noted? ─▶ key of (object, the run that it was noted with)
+//! host says that a snapshot stands, or one is opened ─▶ what stood before it is noted no more
 //! any release of the disk: memory is noted no more; a wake's only if it was until now
 //! ```
 //!
-//! The run is the KMS's own count, the intent's place in the log, so an older image stays closed
+//! Until a snapshot is whole the one before it is the last: whoever dies on the way loses neither. The
+//! run is the KMS's own count, the intent's place in the log, so an older image stays closed
 //! whatever number control gives to a newer one. Must never release the key of an image that is not
 //! noted, or a wake's disk twice for one memory.
 
@@ -31,10 +34,9 @@ impl Inner {
         if begins(c) {
             return Ok(Ok(image_named(name, c.run())));
         }
-        let noted = self.store.image(workspace, *purpose).await?;
-        let noted = noted.filter(|(object, _)| object == name);
+        let noted = self.store.image(workspace, *purpose, name).await?;
         Ok(noted
-            .map(|(object, run)| image_named(&object, run))
+            .map(|run| image_named(name, run))
             .ok_or(Refusal::Image))
     }
 
@@ -45,9 +47,16 @@ impl Inner {
             purpose,
             id,
         } = &c.object;
-        if let (true, true, Some(id)) = (purpose.is_image(), begins(c), id) {
-            let run = c.run();
-            self.store.image_put(workspace, *purpose, id, run).await?;
+        match id {
+            Some(id) if purpose.is_image() && begins(c) => {
+                let run = c.run();
+                self.store.image_put(workspace, *purpose, id, run).await?;
+            }
+            // Whoever opens it has seen it whole.
+            Some(id) if purpose.is_image() && purpose.is_by_id() => {
+                self.store.snapshot_keep(workspace, id.as_str()).await?;
+            }
+            _ => {}
         }
         if *purpose == Purpose::Disk {
             let woken = |o: &Object| o.purpose == Purpose::Memory && o.workspace == *workspace;

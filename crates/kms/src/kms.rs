@@ -2,6 +2,7 @@
 //!
 //! | operation | who | before the answer |
 //! |---|---|---|
+//! | snapshot keep | host | durable in the store: it opens nothing, and forgets what stood before |
 //! | anchor | host | the statement's MAC, durable in the store |
 //! | key create, release | control; host | checks ([`crate::check`]), entry durable in the log |
 //! | destroy | control | entry in the log, or in the outbox while the log is down |
@@ -153,7 +154,7 @@ impl Kms {
         let allowed: &[&str] = match &op {
             Op::Status => &["control", "host", "audit-read", "root"],
             Op::WorkspaceKeyCreate { .. } | Op::Destroy { .. } => &["control"],
-            Op::Release { .. } | Op::Anchor { .. } => &["host"],
+            Op::Release { .. } | Op::Anchor { .. } | Op::SnapshotKeep { .. } => &["host"],
             Op::Unseal { .. } | Op::Rotate => &["root"],
             Op::LogOpen { .. } => &["audit-read"],
         };
@@ -167,6 +168,10 @@ impl Kms {
                 receipt,
                 attestation,
             } => ok(&k.release(&call, &receipt, &attestation).await?),
+            Op::SnapshotKeep { workspace, object } => {
+                k.store.snapshot_keep(&workspace, object.as_str()).await?;
+                ok(&true)
+            }
             Op::Anchor { statement } => ok(&k.anchor(&call, &statement).await?),
             Op::Destroy {
                 workspace,

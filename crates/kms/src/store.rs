@@ -41,7 +41,8 @@ const SCHEMA: &[&str] = &[
         batch INTEGER NOT NULL, root TEXT NOT NULL, time_ms INTEGER NOT NULL) STRICT",
     "CREATE TABLE IF NOT EXISTS image (
         workspace TEXT NOT NULL REFERENCES workspace (id), purpose TEXT NOT NULL,
-        object TEXT NOT NULL, run INTEGER NOT NULL, PRIMARY KEY (workspace, purpose)) STRICT",
+        object TEXT NOT NULL, run INTEGER NOT NULL, stands INTEGER NOT NULL,
+        PRIMARY KEY (workspace, purpose, object)) STRICT",
     "CREATE TABLE IF NOT EXISTS outbox (
         id INTEGER PRIMARY KEY AUTOINCREMENT, class TEXT NOT NULL, entry TEXT NOT NULL) STRICT",
 ];

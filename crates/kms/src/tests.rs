@@ -224,6 +224,13 @@ async fn each_operation_has_its_caller() {
                 &["host"],
             ),
             (
+                Op::SnapshotKeep {
+                    workspace: workspace(1),
+                    object: model::ObjectId::from_bytes([1; 8]),
+                },
+                &["host"],
+            ),
+            (
                 Op::Destroy {
                     workspace: workspace(1),
                     authority: String::new(),

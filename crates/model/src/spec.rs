@@ -56,7 +56,17 @@ impl Purpose {
         Self::Archive,
     ];
 
-    /// Whether it is of memory or a disk at one moment: of each kind a workspace has one, the last.
+    /// Whether a workspace has several, each by its id: archives, and the parts of snapshots, of which
+    /// one is made beside the one that stands.
+    #[must_use]
+    pub fn is_by_id(self) -> bool {
+        match self {
+            Self::SnapshotDisk | Self::SnapshotMemory | Self::Archive => true,
+            Self::Disk | Self::Memory => false,
+        }
+    }
+
+    /// Whether it is of memory or a disk at one moment: of each kind the last stands.
     #[must_use]
     pub fn is_image(self) -> bool {
         match self {

@@ -6,7 +6,8 @@
 //!   (none) ◀──forget────┘        (none) ◀──erase: rename to NAME.new, remove
 //! ```
 //!
-//! Archives, of which a workspace has several, are begun under one name: `WORKSPACE.archive.new`.
+//! Of archives, and of the parts of snapshots, a workspace may have several, each by its id; they are
+//! begun under one name: `WORKSPACE.archive.new`.
 //!
 //! A crash leaves `….new` at most, which is no object and is swept.
 
@@ -15,7 +16,7 @@ use api::warden::Object;
 use api::{Error, ErrorCode};
 use jail::fault::{At, Result};
 use jail::open_beneath;
-use model::WorkspaceId;
+use model::{Purpose, WorkspaceId};
 use rustix::fd::OwnedFd;
 use rustix::fs::{CWD, FlockOperation, OFlags, RenameFlags};
 use std::io::ErrorKind;
@@ -128,9 +129,13 @@ impl Store {
     /// Removes one object of the workspace, or all. None is as good.
     ///
     /// # Errors
-    /// [`ErrorCode::Conflict`] while a process has one of them: nothing is removed then.
+    /// [`ErrorCode::Conflict`] while a process has one of them: nothing is removed then. A part of a
+    /// snapshot goes all the same: a VM that was restored from it reads on.
     pub fn erase(&self, workspace: &WorkspaceId, of: Option<&Name>) -> Result {
         let names = match of {
+            Some(of) if matches!(of.object, Purpose::SnapshotDisk | Purpose::SnapshotMemory) => {
+                return self.spend(of);
+            }
             // Of an archive that is being made beside it, nothing.
             Some(of) => check(of).map(|()| vec![of.to_string(), gone(of)])?,
             None => self.names(workspace)?,
@@ -155,6 +160,7 @@ impl Store {
     /// # Errors
     /// The files'.
     pub fn spend(&self, of: &Name) -> Result {
+        check(of)?;
         self.spend_name(&of.to_string())
     }
 
@@ -261,7 +267,7 @@ fn check(of: &Name) -> Result {
     if of.is_object() {
         return Ok(());
     }
-    let why = "an archive has an id, and nothing else has";
+    let why = "an archive or a part of a snapshot has an id, and nothing else has";
     Err(Error::new(ErrorCode::ValidationError, why))
 }
 
@@ -289,7 +295,8 @@ fn sync(dir: &Path) -> std::io::Result<()> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use model::{ObjectId, Purpose};
+    use model::ObjectId;
+    use std::fs::File;
     use std::io::Write as _;
 
     fn world() -> (tempfile::TempDir, Store, Name) {
@@ -300,9 +307,13 @@ mod tests {
     }
 
     fn archive(name: &Name, n: usize) -> Name {
+        by_id(name, Purpose::Archive, n)
+    }
+
+    fn by_id(name: &Name, object: Purpose, n: usize) -> Name {
         Name {
             id: Some(ObjectId::from_bytes([u8::try_from(n).unwrap(); 8])),
-            ..Name::new(&name.workspace, Purpose::Archive)
+            ..Name::new(&name.workspace, object)
         }
     }
 
@@ -460,8 +471,8 @@ mod tests {
             Purpose::SnapshotMemory,
         ];
         for (n, object) in all.into_iter().enumerate() {
-            let of = if object == Purpose::Archive {
-                archive(&name, n)
+            let of = if object.is_by_id() {
+                by_id(&name, object, n)
             } else {
                 Name::new(&name.workspace, object)
             };
@@ -485,6 +496,34 @@ mod tests {
         }
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
         assert_eq!(text(&store, &other), "other");
+    }
+
+    /// What a kill leaves of a snapshot that is being taken: the one before it, whole.
+    #[test]
+    fn a_snapshot_is_made_beside_the_one_before() {
+        let (dir, store, name) = world();
+        let kinds = [Purpose::SnapshotDisk, Purpose::SnapshotMemory];
+        for kind in kinds {
+            make(&store, &by_id(&name, kind, 1), "then");
+        }
+        make(&store, &by_id(&name, Purpose::SnapshotDisk, 2), "now");
+        drop(store.open(&by_id(&name, Purpose::SnapshotMemory, 2), How::New));
+        store.sweep_new().unwrap();
+        for kind in kinds {
+            assert_eq!(text(&store, &by_id(&name, kind, 1)), "then");
+        }
+        assert_eq!(store.list(&name.workspace).unwrap().len(), 3);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 3);
+        // Another stands now: that goes from under a VM that was restored from it.
+        let (reader, _) = store.open(&by_id(&name, kinds[1], 1), How::Read).unwrap();
+        for kind in kinds {
+            let of = by_id(&name, kind, 1);
+            store.erase(&name.workspace, Some(&of)).unwrap();
+        }
+        assert_eq!(there(&store, &name), [Purpose::SnapshotDisk]);
+        let [volume, _] = reader;
+        let read = std::io::read_to_string(File::from(volume)).unwrap();
+        assert_eq!(read, "then");
     }
 
     #[test]

@@ -18,7 +18,7 @@ pub struct Name {
     pub workspace: WorkspaceId,
     /// The object.
     pub object: Purpose,
-    /// Which archive: of everything else there is one.
+    /// Which archive, or of which snapshot: of everything else there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<ObjectId>,
 }
@@ -56,10 +56,11 @@ impl Name {
         name.is_object().then_some(name)
     }
 
-    /// Whether there can be such an object: an archive has an id, and nothing else has.
+    /// Whether there can be such an object: archives and parts of snapshots have an id, and nothing
+    /// else has.
     #[must_use]
     pub fn is_object(&self) -> bool {
-        (self.object == Purpose::Archive) == self.id.is_some()
+        self.object.is_by_id() == self.id.is_some()
     }
 }
 
@@ -116,7 +117,8 @@ pub enum Ask {
     },
     /// Removes all that was begun and that no process holds. Idempotent.
     SweepNew,
-    /// Removes one object or all of the workspace, durably. Idempotent.
+    /// Removes one object or all of the workspace, durably; a part of a snapshot also while a process
+    /// reads it. Idempotent.
     Erase {
         /// Whose.
         workspace: WorkspaceId,
@@ -192,7 +194,7 @@ mod tests {
             let object = Purpose::ALL[object];
             let workspace = WorkspaceId::from_bytes(raw);
             let name = Name {
-                id: (object == Purpose::Archive).then(|| ObjectId::from_bytes(id)),
+                id: object.is_by_id().then(|| ObjectId::from_bytes(id)),
                 ..Name::new(&workspace, object)
             };
             prop_assert_eq!(Name::read(&workspace, &name.to_string()), Some(name.clone()));

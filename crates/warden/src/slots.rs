@@ -190,9 +190,14 @@ impl Warden {
                 start_id,
                 nonce,
             } => json(self.snapshot_open(slot, &start_id, nonce)),
-            Op::SnapshotDiskGrant { slot, sealed, aad } => {
+            Op::SnapshotDiskGrant {
+                slot,
+                id,
+                sealed,
+                aad,
+            } => {
                 let key = Sealed { sealed, aad };
-                json(self.snapshot_grant(slot, key))
+                json(self.snapshot_grant(slot, id, key))
             }
             Op::MemoryOpen {
                 slot,
@@ -201,10 +206,12 @@ impl Warden {
                 purpose,
                 nonce,
                 save,
-                archive,
+                id,
+                size_mb,
             } => {
                 let of = Name::new(&workspace, purpose);
-                json(self.memory_open(slot, of, (start_id, nonce), save, archive))
+                let of = Name { id, ..of };
+                json(self.memory_open(slot, of, (start_id, nonce), save, size_mb))
             }
             Op::MemoryGrant { slot, sealed, aad } => {
                 let key = Sealed { sealed, aad };

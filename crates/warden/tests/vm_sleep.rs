@@ -6,35 +6,36 @@
 
 mod world;
 
-use api::agent::{Attach, GuestConfig, Up, Wake};
-use api::kms::{Attestation, Grant};
+use api::agent::{Attach, Up, Wake, tls_name};
 use api::mint::TokenState;
 use api::vmctl;
 use api::warden::{
-    Attested, DiskOpened, Memory, MemoryEnd, Object, Op, Sealed, SlotState, Start, VmOpened,
+    Attested, DiskOpened, Memory, MemoryEnd, Object, Op, Sealed, SlotState, Snapshot, Start,
+    VmOpened,
 };
 use api::{Error, ErrorCode};
-use base64::Engine as _;
 use model::{Purpose, WorkspaceId};
-use seal::hpke::PublicKey;
 use seal::sign::{Signed, SigningKey};
+use seal::tls::rustls::ClientConnection;
 use serde::de::DeserializeOwned;
+use std::collections::BTreeSet;
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
+use warden::Warden;
 use warden::journal::Step;
-use warden::{Machine, Warden};
 use world::life::artifacts;
+use world::release::{config, key_of, release, seed_of};
 use world::*;
 
 const MEMORY_MB: u32 = 256;
 const DISK_MB: u32 = 64;
 const TOKEN: &str = "a raw token";
-const AAD: [u8; 32] = [0x0d; 32];
 const OTHER: &str = "ws_00000000000000ab";
+const SNAPSHOT: &str = "obj_00000000000000dd";
 
 /// An installation with its warden, and what KMS, mint and host are to it.
 struct Machines {
@@ -74,39 +75,9 @@ impl Machines {
         api::rpc::blocking::call(&socket, "test", op, Duration::from_secs(150))
     }
 
-    /// What the KMS answers to this attestation: a key of that workspace and purpose.
     fn release(&self, attestation: &str) -> Sealed {
-        let machine = Machine::load(&self.world.layout).unwrap();
-        let said: Attestation = Signed::parse(attestation.to_owned())
-            .unwrap()
-            .verify(&machine.key.public(), api::context::ATTESTATION)
-            .unwrap();
-        let key = seal::hash::sha256(format!("{}{:?}", said.workspace, said.purpose).as_bytes());
-        let is_disk = said.purpose == Purpose::Disk;
-        let grant = Grant {
-            workspace: said.workspace.clone(),
-            start_id: said.start_id.clone(),
-            run: self.runs.fetch_add(1, Ordering::SeqCst),
-            anchor: None,
-            purpose: said.purpose,
-            disk_key: hex::encode(key),
-            identity_seed: if is_disk {
-                hex::encode(seed_of(&said.workspace))
-            } else {
-                String::new()
-            },
-            config_digest: hex::encode(seal::hash::sha256(config(&said.workspace).as_bytes())),
-            mint_key: key_of(7).public().to_string(),
-            gateway_key: key_of(7).public().to_string(),
-            edge_key: key_of(8).public().to_string(),
-        };
-        let to: PublicKey = said.hpke_pub.parse().unwrap();
-        let clear = serde_json::to_vec(&grant).unwrap();
-        let sealed = seal::hpke::seal(&to, api::context::RELEASE.as_bytes(), &AAD, &clear);
-        Sealed {
-            sealed: base64::engine::general_purpose::STANDARD.encode(sealed),
-            aad: hex::encode(AAD),
-        }
+        let run = self.runs.fetch_add(1, Ordering::SeqCst);
+        release(&self.world, attestation, run)
     }
 
     /// The disk of `workspace` on a slot that waits for it, filled `from` a snapshot or not.
@@ -121,7 +92,10 @@ impl Machines {
             bytes_per_s: 1 << 30,
             ops_per_s: 100_000,
             pids: 0,
-            from: from.map(|w| w.parse().unwrap()),
+            from: from.map(|w| Snapshot {
+                workspace: w.parse().unwrap(),
+                id: SNAPSHOT.parse().unwrap(),
+            }),
         })?;
         assert_eq!(opened.from.is_some(), from.is_some());
         let Sealed { sealed, aad } = self.release(&opened.attestation);
@@ -165,7 +139,7 @@ impl Machines {
     fn open(&self, slot: u16) {
         self.ask::<bool>(Op::NetSet {
             slot,
-            open: vec![edge(9990)],
+            open: vec![edge(9990), edge(9991)],
             rates: api::warden::NetRates::default(),
         });
     }
@@ -178,7 +152,8 @@ impl Machines {
             purpose,
             nonce: "0c".repeat(32),
             save,
-            archive: None,
+            id: purpose.is_by_id().then(|| SNAPSHOT.parse().unwrap()),
+            size_mb: None,
         })?;
         Ok(self.release(&attested.attestation))
     }
@@ -228,11 +203,40 @@ impl Machines {
         objects.into_iter().map(|o| o.purpose).collect()
     }
 
-    /// What a shell in the guest prints.
-    fn sh(&self, slot: u16, script: &str) -> String {
+    fn address(&self, slot: u16, port: u16) -> SocketAddr {
         let net = status(self.warden.as_ref().unwrap()).slots;
         let ip = net.iter().find(|s| s.slot == slot).unwrap().net.ip.clone();
-        let to = SocketAddr::new(ip.parse().unwrap(), 9990);
+        SocketAddr::new(ip.parse().unwrap(), port)
+    }
+
+    /// The TLS key that the guest shows the edge.
+    fn tls_key(&self, slot: u16) -> Vec<u8> {
+        let workspace: WorkspaceId = WORKSPACE.parse().unwrap();
+        let edge = seal::tls::Identity::new(key_of(8));
+        let leaf = edge.leaf("edge.test", Duration::from_secs(600)).unwrap();
+        let guest = SigningKey::from_seed(&seed_of(&workspace)).public();
+        let config = seal::tls::client_config(&guest, Some(leaf), seal::tls::HTTP1).unwrap();
+        let name = tls_name(&workspace).try_into().unwrap();
+        let mut tls = ClientConnection::new(config, name).unwrap();
+        let to = self.address(slot, 9991);
+        let certificate = as_uid(EDGE_UID, move || {
+            let mut stream = TcpStream::connect_timeout(&to, SOON).unwrap();
+            stream.set_read_timeout(Some(SOON)).unwrap();
+            while tls.is_handshaking() {
+                tls.complete_io(&mut stream).unwrap();
+            }
+            tls.peer_certificates().unwrap()[0].to_vec()
+        });
+        // A P-256 key in a certificate: the curve's name, a string of 66 bytes, none of them unused.
+        let before = b"\x06\x08\x2a\x86\x48\xce\x3d\x03\x01\x07\x03\x42\x00\x04";
+        let at = certificate.windows(before.len()).position(|w| w == before);
+        let key = &certificate[at.unwrap() + before.len()..];
+        key[..64].to_vec()
+    }
+
+    /// What a shell in the guest prints.
+    fn sh(&self, slot: u16, script: &str) -> String {
+        let to = self.address(slot, 9990);
         let body = serde_json::json!({"cmd": [script]}).to_string();
         let request = format!(
             "POST /exec HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {TOKEN}\r\n\
@@ -259,25 +263,6 @@ impl Machines {
     fn close(&self, slot: u16) {
         self.ask::<bool>(Op::SlotClose { slot });
     }
-}
-
-fn key_of(n: u8) -> SigningKey {
-    SigningKey::from_seed(&[n; 32])
-}
-
-/// Of each workspace's identity.
-fn seed_of(workspace: &WorkspaceId) -> [u8; 32] {
-    seal::hash::sha256(workspace.as_str().as_bytes())
-}
-
-fn config(workspace: &WorkspaceId) -> String {
-    serde_json::to_string(&GuestConfig {
-        workspace: workspace.clone(),
-        hostname: workspace.as_str().replace('_', "-"),
-        env: vec![],
-        cmd: vec![],
-    })
-    .unwrap()
 }
 
 fn token_state(workspace: &WorkspaceId) -> String {
@@ -402,7 +387,6 @@ fn memory_is_not_woken_beside_another_state_of_the_disk_or_changed() {
             changed[at] ^= 1;
             std::fs::write(&path, &changed).unwrap();
             let refused = m.wake(1, Purpose::Memory, None);
-            println!("DBG {file} {refused:?}");
             let code = refused.map_or_else(|e| e.code, |()| ErrorCode::Internal);
             assert!(
                 matches!(code, ErrorCode::DiskTampered | ErrorCode::MemoryStale),
@@ -434,6 +418,7 @@ fn a_snapshot_is_restored_again_and_again_and_a_fork_outlives_its_source() {
         let m = Machines::new(&artifacts);
         m.start(1, WORKSPACE, None);
         m.sh(1, "echo then > /root/mark; echo then > /dev/shm/mark; sync");
+        let mut keys = BTreeSet::from([m.tls_key(1)]);
         m.vm::<vmctl::Status>(1, &vmctl::Op::Pause).unwrap();
         let (slot, start_id) = (1, START.parse().unwrap());
         let nonce = "0c".repeat(32);
@@ -443,7 +428,12 @@ fn a_snapshot_is_restored_again_and_again_and_a_fork_outlives_its_source() {
             nonce,
         });
         let Sealed { sealed, aad } = m.release(&attested.attestation);
-        m.ask::<bool>(Op::SnapshotDiskGrant { slot, sealed, aad });
+        m.ask::<bool>(Op::SnapshotDiskGrant {
+            slot,
+            id: SNAPSHOT.parse().unwrap(),
+            sealed,
+            aad,
+        });
         m.save(1, Purpose::SnapshotMemory);
         let end = MemoryEnd::Keep;
         m.ask::<bool>(Op::MemoryEnd { slot, end });
@@ -457,6 +447,8 @@ fn a_snapshot_is_restored_again_and_again_and_a_fork_outlives_its_source() {
         ];
         for _ in 0..2 {
             m.wake(2, Purpose::SnapshotMemory, Some(WORKSPACE)).unwrap();
+            // The agent's generator lies in that memory, as it did then.
+            assert!(keys.insert(m.tls_key(2)), "one TLS key twice");
             assert_eq!(m.sh(2, "cat /root/mark /dev/shm/mark"), "then\nthen");
             m.sh(2, "echo later > /root/mark; sync");
             assert_eq!(m.objects(), all, "a snapshot is not used up");

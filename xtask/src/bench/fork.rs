@@ -68,7 +68,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         baseline.push(ms(bare.restore(memory_mb)?));
     }
     println!("# baseline: {}", bare.line);
-    let own = allocated_mib(&platform.object_file(&source, "disk"))?;
+    let own = allocated_mib(&platform.object_file(&source, "disk")?)?;
     let of = |f: &dyn Fn(&Times) -> f64| median(ours.iter().map(f).collect());
     println!(
         "# fork of {own:.0} MiB: snapshot {:.1} ms, fork {:.1} ms, opening {:.1} ms, first exec {:.1} ms",

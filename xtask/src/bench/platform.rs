@@ -138,10 +138,23 @@ impl Platform {
         took.with_context(|| format!("host's log has no step {step} of {workspace}"))
     }
 
-    /// A workspace's object at rest: `disk`, `snapshot-memory`, …
-    pub(super) fn object_file(&self, workspace: &str, object: &str) -> PathBuf {
-        let name = format!("{workspace}.{object}/volume");
-        self.paths.state("volumes").join(name)
+    /// A workspace's object at rest: `disk`, `snapshot-memory`, …; of several the last.
+    pub(super) fn object_file(&self, workspace: &str, object: &str) -> Result<PathBuf> {
+        let (name, by_id) = (
+            format!("{workspace}.{object}"),
+            format!("{workspace}.{object}-obj_"),
+        );
+        let mut last = None;
+        for entry in std::fs::read_dir(self.paths.state("volumes"))? {
+            let entry = entry?;
+            let is = entry.file_name();
+            let is = is.to_str().unwrap_or_default();
+            if is == name || is.starts_with(&by_id) && !is.ends_with(".new") {
+                last = last.max(Some((entry.metadata()?.modified()?, entry.path())));
+            }
+        }
+        let (_, dir) = last.with_context(|| format!("{name} is not at rest"))?;
+        Ok(dir.join("volume"))
     }
 
     /// What host says of itself.

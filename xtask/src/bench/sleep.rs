@@ -48,7 +48,6 @@ fn save(
     bare: &mut Bare,
 ) -> Result<()> {
     let plain = platform.paths.state_dir().join("baseline-memory");
-    let image = platform.object_file(id, "snapshot-memory");
     let (mut ours, mut baseline, mut whole) = (Vec::new(), Vec::new(), Vec::new());
     let mut mib = [0.0; 2];
     for _ in 0..args.runs.div_ceil(3) {
@@ -59,7 +58,7 @@ fn save(
             .iter()
             .map(|step| platform.step_ms(id, step))
             .collect();
-        mib[0] = allocated_mib(&image)?;
+        mib[0] = allocated_mib(&platform.object_file(id, "snapshot-memory")?)?;
         ours.push(mib[0] / took?.iter().sum::<f64>() * 1e3);
         let took = ms(bare.save(platform.config.host.pool_memory_mb, &plain)?);
         mib[1] = allocated_mib(&plain)?;

@@ -328,6 +328,8 @@ impl App {
                 max_mb: archive::room_mb(w),
             }),
             archives: archives.iter().map(|a| a.id.clone()).collect(),
+            snapshot: w.doc.life.snapshot.as_ref().map(|s| s.id.clone()),
+            snapshot_next: w.doc.life.snapshot_next.as_ref().map(|s| s.id.clone()),
             lease: lease.map(|(_, receipt)| receipt.clone()),
             start: lease.map(|(lease, _)| lease.clone()),
             token_state: w.doc.token_state.clone(),

@@ -2,8 +2,16 @@
 //! it, or from it into a new workspace. A fork needs the disk only: so a snapshot may do without
 //! memory.
 //!
-//! The row names a snapshot before it is taken and says when it was there: one that was interrupted
-//! is none. A restore ends what runs and replaces the disk; the snapshot stays.
+//! ```text
+//!  (none) ──take: named in the row, as the next──▶ begun ──host took it: it is the row's snapshot──▶ stands
+//!     ▲                                             │                                                │
+//!     └── it failed, or control died; that before ──┘     (none) ◀── the next one stands ────────────┘
+//!         it stands
+//! ```
+//!
+//! The row is what counts: host keeps what it names and removes every other, and tells the KMS which one
+//! stands. One that was interrupted is none. A restore ends what runs and replaces the disk; the snapshot
+//! stays.
 //!
 //! A fork is a new workspace with a key, an identity and a policy of its own, dark like any other.
 //! Its disk is a copy, encrypted under its own key before it runs; no memory goes with it, for that
@@ -87,10 +95,15 @@ pub async fn snapshot_take(
             .store
             .workspace_update(&w, app.now_ms(), |w| {
                 ready(w)?;
+                if w.doc.life.snapshot_next.is_some() {
+                    let why = "another snapshot of it is being taken; wait for it";
+                    return Err(Error::new(ErrorCode::Conflict, why));
+                }
                 w.doc.power = power;
                 let resources = w.doc.life.resources_running.unwrap_or(w.doc.resources);
-                w.doc.life.snapshot = Some(Snapshot {
+                w.doc.life.snapshot_next = Some(Snapshot {
                     id: id.clone(),
+                    request_id: op.request_id.clone(),
                     taken_ms: None,
                     resources,
                     memory,
@@ -114,10 +127,16 @@ pub async fn snapshot_take(
         let w = app
             .store
             .workspace_update(&w, now_ms, |w| {
-                let snapshot = w.doc.life.snapshot.as_mut().filter(|s| s.id == id);
-                if let Some(snapshot) = snapshot {
-                    snapshot.taken_ms = Some(now_ms);
-                }
+                let life = &mut w.doc.life;
+                let next = life.snapshot_next.take_if(|next| next.id == id);
+                let next = next.ok_or_else(|| {
+                    let why = "the snapshot was given up while it was being taken; take it again";
+                    Error::new(ErrorCode::Conflict, why)
+                })?;
+                life.snapshot = Some(Snapshot {
+                    taken_ms: Some(now_ms),
+                    ..next
+                });
                 Ok(())
             })
             .await?;
@@ -128,7 +147,42 @@ pub async fn snapshot_take(
     };
     let taken = taken.await;
     app.audit.outcome(op, &act, &taken).await;
+    if taken.is_err()
+        // If this can't be done now, the reconciler finds it begun.
+        && let Err(e) = give_up(app, &w, &id).await
+    {
+        tracing::warn!(workspace = %w.id, error = %e, detail = e.detail, "a snapshot stays begun");
+    }
     taken
+}
+
+/// Gives up what was begun by a control that is gone, and says so in the log: the one before it stands.
+///
+/// # Errors
+/// What keeps it from being given up now.
+pub async fn snapshot_unwind(app: &Arc<App>, w: &Workspace) -> api::Result<()> {
+    let _busy = app.busy_quietly(&w.id);
+    let Some(next) = &w.doc.life.snapshot_next else {
+        return Ok(());
+    };
+    let mut op = Op::internal("reconcile.snapshot");
+    op.request_id.clone_from(&next.request_id);
+    let act = Act::new("workspace.snapshot", &w.account, w.id.as_str());
+    let why = "the snapshot was not taken to its end; take it again";
+    let lost: api::Result<()> = Err(Error::new(ErrorCode::Unavailable, why));
+    app.audit.outcome(&op, &act, &lost).await;
+    give_up(app, w, &next.id).await
+}
+
+/// Takes a snapshot that was begun out of the row. Host hears of it from the reconciler.
+async fn give_up(app: &App, w: &Workspace, id: &ObjectId) -> api::Result<()> {
+    app.store
+        .workspace_update(w, app.now_ms(), |w| {
+            w.doc.life.snapshot_next.take_if(|next| next.id == *id);
+            Ok(())
+        })
+        .await
+        .map(drop)
 }
 
 /// Brings a workspace back to its snapshot: what runs ends, and its disk is as it was then.

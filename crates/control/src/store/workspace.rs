@@ -126,6 +126,8 @@ pub struct Life {
     pub idle_stopped: bool,
     /// Its snapshot.
     pub snapshot: Option<Snapshot>,
+    /// One that was begun, to take that one's place: it is none yet.
+    pub snapshot_next: Option<Snapshot>,
     /// Its archives, in the order in which they were begun; at most
     /// [`model::limits::ARCHIVES_MAX`].
     pub archives: Vec<Archive>,
@@ -172,6 +174,9 @@ pub struct Made {
 pub struct Snapshot {
     /// Its objects' id.
     pub id: ObjectId,
+    /// The request that began it.
+    #[serde(default)]
+    pub request_id: String,
     /// When it was there, ms since the epoch; none: it was not taken to its end, and is none.
     pub taken_ms: Option<u64>,
     /// The size of what it is of.

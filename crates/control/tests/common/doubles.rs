@@ -35,7 +35,7 @@ pub struct State {
     /// What sleeps, and the object that its memory is.
     pub memory: BTreeMap<WorkspaceId, ObjectId>,
     /// Snapshots.
-    pub snapshots: BTreeMap<WorkspaceId, ObjectId>,
+    pub snapshots: BTreeMap<WorkspaceId, Vec<ObjectId>>,
     /// Starts, sleeps and snapshots that fail at host.
     pub starts_fail: Option<Error>,
     pub starts: u32,
@@ -372,6 +372,9 @@ impl Doubles {
         let mut snapshot = None;
         let mut archived = None;
         let mut archive_fails = None;
+        // What the wish does not name goes.
+        let mut kept = s.snapshots.remove(&d.workspace).unwrap_or_default();
+        kept.retain(|id| [&d.snapshot, &d.snapshot_next].contains(&&Some(id.clone())));
         if let (true, Some(receipt), Some(lease)) = (up, &d.lease, &d.start) {
             let entry: Entry = serde_json::from_value(receipt["entry"].clone()).unwrap();
             assert_eq!(entry.lease.as_ref(), Some(lease));
@@ -379,8 +382,8 @@ impl Doubles {
                 Purpose::SnapshotDisk => {
                     self.lease_authority(&entry)?;
                     snapshot = lease.object.clone().filter(|_| fails.is_none());
-                    s.snapshots
-                        .extend(snapshot.clone().map(|id| (d.workspace.clone(), id)));
+                    assert_eq!(d.snapshot_next, lease.object);
+                    kept.extend(snapshot.clone());
                 }
                 Purpose::Archive => {
                     self.lease_authority(&entry)?;
@@ -433,7 +436,14 @@ impl Doubles {
                     for o in &lease.also {
                         let there = match o.purpose {
                             Purpose::Memory => memory == o.id,
-                            _ => s.snapshots.get(&o.workspace) == o.id.as_ref(),
+                            _ if o.workspace == d.workspace => {
+                                o.id.as_ref().is_some_and(|id| kept.contains(id))
+                            }
+                            _ => {
+                                let of = s.snapshots.get(&o.workspace);
+                                of.zip(o.id.as_ref())
+                                    .is_some_and(|(all, id)| all.contains(id))
+                            }
                         };
                         assert!(there, "{o:?} is not there");
                     }
@@ -475,6 +485,7 @@ impl Doubles {
             archived,
             error,
         };
+        s.snapshots.insert(d.workspace.clone(), kept);
         match memory {
             Some(id) => s.memory.insert(d.workspace.clone(), id),
             None => s.memory.remove(&d.workspace),

@@ -15,7 +15,7 @@ use api::vmctl::VmState;
 use api::warden::{MemoryEnd, SlotState, Start};
 use api::{Error, ErrorCode, kms, vmctl, warden};
 use model::{HostId, ObjectId, Power, Purpose, Resources, StartId, WorkspaceId};
-use parts::{attestation, net};
+use parts::{at_rest, attestation, close, is_there, net};
 use serde_json::{Value, json};
 use service::clock::Clock;
 use service::config::Config;
@@ -41,6 +41,8 @@ pub struct Slot {
     /// Memory that is being saved or woken: its purpose, its object once granted, and whether it
     /// is written.
     pub memory: Option<(Purpose, Option<String>, bool)>,
+    /// Which snapshot or archive that is.
+    pub id: Option<ObjectId>,
     vmctl: watch::Sender<bool>,
 }
 
@@ -50,10 +52,12 @@ pub struct State {
     pub slots: BTreeMap<u16, Slot>,
     pub templates: BTreeSet<(String, u32, u32)>,
     pub disks: BTreeSet<WorkspaceId>,
-    /// What else is at rest, and the object whose key it is under.
-    pub objects: BTreeMap<(WorkspaceId, &'static str), String>,
-    /// Archives, by the object whose key each is under.
-    pub archives: BTreeSet<(WorkspaceId, ObjectId)>,
+    /// Memory at rest, and the object whose key it is under.
+    pub memory: BTreeMap<WorkspaceId, String>,
+    /// Archives and parts of snapshots, by the object whose key each is under.
+    pub objects: BTreeSet<(WorkspaceId, &'static str, ObjectId)>,
+    /// The snapshots that the KMS was told of.
+    pub kept: Vec<(WorkspaceId, ObjectId)>,
     pub nonces: BTreeSet<String>,
     /// What the KMS was told of each disk.
     pub anchors: BTreeMap<WorkspaceId, Vec<kms::Anchor>>,
@@ -177,6 +181,7 @@ impl Doubles {
                         reason: None,
                         open: None,
                         memory: None,
+                        id: None,
                         vmctl: stop,
                     },
                 );
@@ -218,7 +223,10 @@ impl Doubles {
                 ok(&warden::DiskOpened {
                     attestation: attestation(&nonce, Purpose::Disk, &workspace),
                     fresh,
-                    from: from.map(|w| attestation(&nonce, Purpose::SnapshotDisk, &w)),
+                    from: from.map(|of| {
+                        assert!(is_there(&s, &of.workspace, Purpose::SnapshotDisk, &of.id));
+                        attestation(&nonce, Purpose::SnapshotDisk, &of.workspace)
+                    }),
                 })
             }
             warden::Op::DiskGrant {
@@ -232,11 +240,11 @@ impl Doubles {
                 let used = x.memory.take().map(|(purpose, ..)| purpose);
                 let workspace = x.at.workspace.clone().unwrap();
                 if used == Some(Purpose::Memory) {
-                    s.objects.remove(&(workspace, Purpose::Memory.label()));
+                    s.memory.remove(&workspace);
                 }
                 if let Some(from) = from {
-                    let object = from.sealed.split('|').nth(2).unwrap().to_owned();
-                    let copied = |((_, p), o): (&(WorkspaceId, &str), &String)| {
+                    let object = from.sealed.split('|').nth(2).unwrap().parse().unwrap();
+                    let copied = |(_, p, o): &(WorkspaceId, &str, ObjectId)| {
                         *p == Purpose::SnapshotDisk.label() && *o == object
                     };
                     assert!(s.objects.iter().any(copied), "a copy of what is not there");
@@ -254,13 +262,15 @@ impl Doubles {
                     attestation: attestation(&nonce, Purpose::SnapshotDisk, workspace),
                 })
             }
-            warden::Op::SnapshotDiskGrant { slot, sealed, .. } => {
+            warden::Op::SnapshotDiskGrant {
+                slot, id, sealed, ..
+            } => {
                 let x = &s.slots[&slot];
                 assert_eq!(x.vm, VmState::Paused, "a disk is copied while it changes");
                 let workspace = x.at.workspace.clone().unwrap();
-                let object = sealed.split('|').nth(2).unwrap().to_owned();
+                assert_eq!(sealed.split('|').nth(2), Some(id.as_str()));
                 s.objects
-                    .insert((workspace, Purpose::SnapshotDisk.label()), object);
+                    .insert((workspace, Purpose::SnapshotDisk.label(), id));
                 ok(&true)
             }
             warden::Op::MemoryOpen {
@@ -270,7 +280,8 @@ impl Doubles {
                 purpose,
                 nonce,
                 save: true,
-                archive,
+                id,
+                size_mb,
             } => {
                 let x = s.slots.get_mut(&slot).unwrap();
                 let vm = match purpose {
@@ -278,11 +289,12 @@ impl Doubles {
                     _ => VmState::Paused,
                 };
                 assert_eq!((x.at.state, x.vm), (SlotState::DiskAttached, vm));
-                assert_eq!(archive.is_some(), purpose == Purpose::Archive);
+                assert_eq!(size_mb.is_some(), purpose == Purpose::Archive);
+                assert_eq!(id.is_some(), purpose.is_by_id());
                 assert_eq!(x.at.workspace.as_ref(), Some(&workspace));
                 assert_ne!(x.at.start_id.as_ref(), Some(&start_id));
                 assert!(x.memory.is_none(), "one save at a time");
-                x.memory = Some((purpose, None, false));
+                (x.memory, x.id) = (Some((purpose, None, false)), id);
                 ok(&warden::Attested {
                     attestation: attestation(&nonce, purpose, &workspace),
                 })
@@ -292,11 +304,10 @@ impl Doubles {
                 workspace,
                 purpose: Purpose::Archive,
                 nonce,
-                archive,
+                id,
                 ..
             } => {
-                let id = archive.unwrap().id;
-                if !s.archives.contains(&(workspace.clone(), id)) {
+                if !is_there(&s, &workspace, Purpose::Archive, &id.unwrap()) {
                     return Err(Error::new(ErrorCode::NotFound, "no such archive"));
                 }
                 let x = s.slots.get_mut(&slot).unwrap();
@@ -312,11 +323,13 @@ impl Doubles {
                 start_id,
                 purpose,
                 nonce,
+                id,
                 ..
             } => {
-                let there = s
-                    .objects
-                    .contains_key(&(workspace.clone(), purpose.label()));
+                let there = match &id {
+                    Some(id) => is_there(&s, &workspace, purpose, id),
+                    None => s.memory.contains_key(&workspace),
+                };
                 assert!(there && !s.slots.contains_key(&slot));
                 let on = |x: &Slot| x.at.workspace.as_ref() == Some(&workspace);
                 assert!(
@@ -345,6 +358,7 @@ impl Doubles {
                     reason: None,
                     open: None,
                     memory: Some((purpose, None, false)),
+                    id,
                     vmctl,
                 };
                 s.slots.insert(slot, waits);
@@ -358,12 +372,12 @@ impl Doubles {
                 let workspace = x.at.workspace.clone().unwrap();
                 let wakes = x.at.state == SlotState::MemoryWaits;
                 let memory = x.memory.as_mut().unwrap();
-                let purpose = memory.0;
                 memory.1 = Some(object.clone());
                 if wakes {
                     let (stop, stopped) = watch::channel(false);
                     (x.at.state, x.vmctl) = (SlotState::Open, stop);
-                    if s.objects[&(workspace, purpose.label())] != object {
+                    let id = x.id.as_ref().map(|id| id.to_string());
+                    if id.as_ref().unwrap_or_else(|| &s.memory[&workspace]) != &object {
                         return Err(Error::new(ErrorCode::KeyRefused, "another object's key"));
                     }
                     drop(s);
@@ -386,13 +400,12 @@ impl Doubles {
                     return ok(&true);
                 }
                 assert!(written, "what was not written is kept");
-                if purpose == Purpose::Archive {
-                    let id = object.unwrap().parse().unwrap();
-                    s.archives.insert((workspace, id));
+                if let Some(id) = x.id.take() {
+                    assert_eq!(object.unwrap(), id.as_str());
+                    s.objects.insert((workspace, purpose.label(), id));
                     return ok(&true);
                 }
-                s.objects
-                    .insert((workspace, purpose.label()), object.unwrap());
+                s.memory.insert(workspace, object.unwrap());
                 if end == MemoryEnd::Sleep {
                     close(&mut s, slot);
                 }
@@ -400,36 +413,20 @@ impl Doubles {
             }
             warden::Op::ObjectErase {
                 workspace,
-                purpose: Purpose::Archive,
+                purpose,
                 id,
             } => {
-                s.archives.remove(&(workspace, id.unwrap()));
-                ok(&true)
-            }
-            warden::Op::ObjectErase {
-                workspace, purpose, ..
-            } => {
                 let on = |x: &Slot| x.at.workspace.as_ref() == Some(&workspace);
-                // No VM comes from what is erased; a snapshot's memory is nobody's that runs.
-                assert!(purpose == Purpose::SnapshotMemory || !s.slots.values().any(on));
-                s.objects.remove(&(workspace, purpose.label()));
+                match id {
+                    Some(id) => _ = s.objects.remove(&(workspace, purpose.label(), id)),
+                    None => {
+                        assert!(!s.slots.values().any(on), "no VM comes from what is erased");
+                        s.memory.remove(&workspace);
+                    }
+                }
                 ok(&true)
             }
-            warden::Op::Objects { workspace } => {
-                let of = Purpose::ALL
-                    .into_iter()
-                    .filter(|p| s.objects.contains_key(&(workspace.clone(), p.label())));
-                let object = |purpose, id| warden::Object {
-                    purpose,
-                    id,
-                    bytes: 1,
-                };
-                let archives = s.archives.iter().filter(|(w, _)| *w == workspace);
-                let all = of
-                    .map(|purpose| object(purpose, None))
-                    .chain(archives.map(|(_, id)| object(Purpose::Archive, Some(id.clone()))));
-                ok(&all.collect::<Vec<_>>())
-            }
+            warden::Op::Objects { workspace } => ok(&at_rest(&s, &workspace)),
             warden::Op::NetSet { slot, open, .. } => {
                 let x = s.slots.get_mut(&slot).unwrap();
                 let up = matches!(x.vm, VmState::Running | VmState::Paused);
@@ -495,7 +492,11 @@ impl Doubles {
                 s.anchors.entry(id).or_default().push(now.clone());
                 return ok(&now);
             }
-            _ => panic!("host asks for releases only, and carries anchors"),
+            kms::Op::SnapshotKeep { workspace, object } => {
+                self.state().kept.push((workspace, object));
+                return ok(&true);
+            }
+            _ => panic!("host asks for releases only, and carries anchors and what stands"),
         };
         let lease: Lease = serde_json::from_value(receipt["lease"].clone()).unwrap();
         let object = lease
@@ -588,12 +589,6 @@ impl Doubles {
     }
 }
 
-fn close(s: &mut State, slot: u16) {
-    if let Some(x) = s.slots.remove(&slot) {
-        let _ = x.vmctl.send(true);
-    }
-}
-
 /// One machine.
 pub struct World {
     pub paths: Paths,
@@ -604,6 +599,8 @@ pub struct World {
     host: Option<Runtime>,
     generation: u64,
     starts: u64,
+    /// The snapshots that stand.
+    pub snapshots: BTreeMap<u8, ObjectId>,
     _dir: tempfile::TempDir,
 }
 
@@ -643,6 +640,7 @@ impl World {
             host: None,
             generation: 0,
             starts: 0,
+            snapshots: BTreeMap::new(),
             _dir: dir,
         };
         world.start().await;
@@ -699,6 +697,8 @@ impl World {
             wakes: false,
             archive: None,
             archives: vec![],
+            snapshot: self.snapshots.get(&n).cloned(),
+            snapshot_next: None,
             lease: None,
             start: None,
             token_state: "v1.x".into(),

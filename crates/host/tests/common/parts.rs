@@ -1,12 +1,42 @@
 //! What the doubles say the same of every slot.
 
-use api::warden::VmOpened;
-use model::{Purpose, WorkspaceId};
+use super::State;
+use api::warden::{Object, VmOpened};
+use model::{ObjectId, Purpose, WorkspaceId};
 use std::time::{Duration, Instant};
 
 /// What the doubles attest: the nonce, for which object.
 pub(super) fn attestation(nonce: &str, purpose: Purpose, workspace: &WorkspaceId) -> String {
     format!("{nonce}|{}|{workspace}", purpose.label())
+}
+
+/// Whether there is such an archive or part of a snapshot.
+pub(super) fn is_there(s: &State, of: &WorkspaceId, purpose: Purpose, id: &ObjectId) -> bool {
+    s.objects
+        .contains(&(of.clone(), purpose.label(), id.clone()))
+}
+
+/// What of the workspace is at rest beside its disk.
+pub(super) fn at_rest(s: &State, workspace: &WorkspaceId) -> Vec<Object> {
+    let object = |purpose, id| Object {
+        purpose,
+        id,
+        bytes: 1,
+    };
+    let by_id = s.objects.iter().filter(|(w, ..)| w == workspace);
+    let purpose = |label| Purpose::ALL.into_iter().find(|p| p.label() == label);
+    let by_id = by_id.map(|(_, label, id)| object(purpose(*label).unwrap(), Some(id.clone())));
+    let memory = s
+        .memory
+        .get(workspace)
+        .map(|_| object(Purpose::Memory, None));
+    memory.into_iter().chain(by_id).collect()
+}
+
+pub(super) fn close(s: &mut State, slot: u16) {
+    if let Some(x) = s.slots.remove(&slot) {
+        let _ = x.vmctl.send(true);
+    }
 }
 
 pub(super) fn net(slot: u16) -> VmOpened {

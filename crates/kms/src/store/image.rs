@@ -1,11 +1,12 @@
-//! The last image of each kind that was begun of a workspace.
+//! The images of a workspace that may be opened: of each kind one stands, and one of a snapshot may be
+//! begun beside it.
 
-use super::{Store, get, number, signed};
+use super::{Store, number, signed};
 use crate::error::KmsError;
 use model::{ObjectId, Purpose, WorkspaceId};
 
 impl Store {
-    /// The last image of that kind and the run that began it, if there is one that may be opened.
+    /// The run that began the image, if it may be opened.
     ///
     /// # Errors
     /// The database's.
@@ -13,18 +14,22 @@ impl Store {
         &self,
         id: &WorkspaceId,
         purpose: Purpose,
-    ) -> Result<Option<(String, u64)>, KmsError> {
-        sqlx::query("SELECT object, run FROM image WHERE workspace = $1 AND purpose = $2")
+        object: &str,
+    ) -> Result<Option<u64>, KmsError> {
+        sqlx::query("SELECT run FROM image WHERE workspace = $1 AND purpose = $2 AND object = $3")
             .bind(id.as_str())
             .bind(purpose.label())
+            .bind(object)
             .fetch_optional(&self.read)
             .await
             .map_err(KmsError::store("read image"))?
-            .map(|row| Ok((get(&row, "object")?, number(&row, "run")?)))
+            .map(|row| number(&row, "run"))
             .transpose()
     }
 
-    /// Notes an image of a living workspace in the place of the one before; never an earlier run's.
+    /// Notes an image of a living workspace; never an earlier run's. Memory takes the place of the one
+    /// before; a part of a snapshot that of one that was begun, and stands once
+    /// [`Store::snapshot_keep`] says so.
     ///
     /// # Errors
     /// The database's.
@@ -35,20 +40,69 @@ impl Store {
         object: &ObjectId,
         run: u64,
     ) -> Result<(), KmsError> {
-        sqlx::query(
-            "INSERT INTO image (workspace, purpose, object, run)
-             SELECT id, $2, $3, $4 FROM workspace WHERE id = $1 AND wrapped IS NOT NULL
-             ON CONFLICT (workspace, purpose) DO UPDATE
-                SET object = excluded.object, run = excluded.run WHERE excluded.run > image.run",
+        let stands = !purpose.is_by_id();
+        let failed = || KmsError::store("write image");
+        let mut tx = self.begin().await?;
+        let noted = sqlx::query(
+            "INSERT INTO image (workspace, purpose, object, run, stands)
+             SELECT id, $2, $3, $4, $5 FROM workspace WHERE id = $1 AND wrapped IS NOT NULL
+                AND NOT EXISTS
+                (SELECT 1 FROM image WHERE workspace = $1 AND purpose = $2 AND run >= $4)
+             ON CONFLICT (workspace, purpose, object) DO UPDATE
+                SET run = excluded.run, stands = excluded.stands",
         )
         .bind(id.as_str())
         .bind(purpose.label())
         .bind(object.as_str())
         .bind(signed(run))
-        .execute(&self.write)
+        .bind(stands)
+        .execute(&mut *tx)
         .await
-        .map_err(KmsError::store("write image"))?;
-        Ok(())
+        .map_err(failed())?;
+        if noted.rows_affected() > 0 {
+            sqlx::query(
+                "DELETE FROM image WHERE workspace = $1 AND purpose = $2 AND object <> $3
+                    AND (stands = 0 OR $4)",
+            )
+            .bind(id.as_str())
+            .bind(purpose.label())
+            .bind(object.as_str())
+            .bind(stands)
+            .execute(&mut *tx)
+            .await
+            .map_err(failed())?;
+        }
+        tx.commit().await.map_err(failed())
+    }
+
+    /// The snapshot stands, and what stood before is forgotten. Of one that was not begun, and of one
+    /// that stands already, nothing is written.
+    ///
+    /// # Errors
+    /// The database's.
+    pub async fn snapshot_keep(&self, id: &WorkspaceId, object: &str) -> Result<(), KmsError> {
+        let failed = || KmsError::store("keep snapshot");
+        let [disk, memory] = [Purpose::SnapshotDisk, Purpose::SnapshotMemory].map(Purpose::label);
+        let mut tx = self.begin().await?;
+        for kept in [
+            "UPDATE image SET stands = 1
+             WHERE workspace = $1 AND purpose IN ($3, $4) AND object = $2 AND stands = 0",
+            "DELETE FROM image
+             WHERE workspace = $1 AND purpose IN ($3, $4) AND object <> $2 AND stands = 1",
+        ] {
+            let done = sqlx::query(kept)
+                .bind(id.as_str())
+                .bind(object)
+                .bind(disk)
+                .bind(memory)
+                .execute(&mut *tx)
+                .await
+                .map_err(failed())?;
+            if done.rows_affected() == 0 {
+                break;
+            }
+        }
+        tx.commit().await.map_err(failed())
     }
 
     /// Forgets the workspace's memory, so that it is never woken again; with `only`, that one.

@@ -110,47 +110,106 @@ async fn i29_a_start_from_the_disk_uses_memory_up() {
     assert_eq!(woken.key(&w, &memory).await.unwrap().disk_key, after);
 }
 
+/// Takes snapshot `n`, or begins to: its disk comes first.
+async fn snapshot(w: &World, by: &AccountId, ws: &WorkspaceId, n: u8, whole: bool) {
+    let taken = Act::new(w, by, "workspace.snapshot", &pair(ws, n));
+    let [disk, memory] = pair(ws, n);
+    taken.key(w, &disk).await.unwrap();
+    if whole {
+        taken.key(w, &memory).await.unwrap();
+    }
+}
+
+fn pair(ws: &WorkspaceId, n: u8) -> [Object; 2] {
+    [Purpose::SnapshotDisk, Purpose::SnapshotMemory].map(|p| object(ws, p, n))
+}
+
+/// What a restore from snapshot `n` is given of its disk and its memory.
+async fn restore(
+    w: &World,
+    by: &AccountId,
+    ws: &WorkspaceId,
+    n: u8,
+) -> [Result<String, String>; 2] {
+    let [d, m] = pair(ws, n);
+    let act = Act::new(
+        w,
+        by,
+        "workspace.restore",
+        &[disk(ws), d.clone(), m.clone()],
+    );
+    [act.key(w, &d).await, act.key(w, &m).await].map(|key| key.map(|grant| grant.disk_key))
+}
+
+/// The same of a fork, which opens the disk.
+async fn fork(w: &World, by: &AccountId, to: &WorkspaceId, ws: &WorkspaceId, n: u8) -> bool {
+    let [d, _] = pair(ws, n);
+    let act = Act::new(w, by, "workspace.fork", &[disk(to), d.clone()]);
+    act.key(w, &d).await.is_ok()
+}
+
+async fn keep(w: &World, ws: &WorkspaceId, n: u8) {
+    let op = Op::SnapshotKeep {
+        workspace: ws.clone(),
+        object: pair(ws, n)[0].id.clone().unwrap(),
+    };
+    w.call("host", op).await.unwrap();
+}
+
 #[tokio::test]
 async fn i29_only_the_last_snapshot_is_opened_as_often_as_is_asked() {
     let w = World::new().await;
-    let (me, ws) = (account(1), workspace(1));
+    let (me, ws, twin) = (account(1), workspace(1), workspace(2));
     w.create(&me, &ws).await.unwrap();
-    let pair = |n| [Purpose::SnapshotDisk, Purpose::SnapshotMemory].map(|p| object(&ws, p, n));
+    w.create(&me, &twin).await.unwrap();
     for n in [1, 2] {
-        let taken = Act::new(&w, &me, "workspace.snapshot", &pair(n));
-        for image in &pair(n) {
-            taken.key(&w, image).await.unwrap();
-        }
+        snapshot(&w, &me, &ws, n, true).await;
+        keep(&w, &ws, n).await;
     }
-    let restore = |n| {
-        let [d, m] = pair(n);
-        Act::new(&w, &me, "workspace.restore", &[disk(&ws), d, m])
-    };
-    let fork = |n| {
-        let [d, _] = pair(n);
-        Act::new(&w, &me, "workspace.fork", &[disk(&workspace(2)), d])
-    };
-    w.create(&me, &workspace(2)).await.unwrap();
-    for image in &pair(1) {
-        let old = restore(1).key(&w, image).await;
-        assert_eq!(old.map(|g| g.disk_key), refused());
-    }
-    let old = fork(1).key(&w, &pair(1)[0]).await;
-    assert_eq!(old.map(|g| g.disk_key), refused());
+    assert_eq!(restore(&w, &me, &ws, 1).await, [refused(), refused()]);
+    assert!(!fork(&w, &me, &twin, &ws, 1).await);
     for _ in 0..2 {
-        let act = restore(2);
-        for image in &pair(2) {
-            act.key(&w, image).await.unwrap();
-        }
-        act.key(&w, &disk(&ws)).await.unwrap();
-        fork(2).key(&w, &pair(2)[0]).await.unwrap();
+        assert!(restore(&w, &me, &ws, 2).await.iter().all(Result::is_ok));
+        assert!(fork(&w, &me, &twin, &ws, 2).await);
+        // Said again, or of what was never begun, nothing is forgotten.
+        keep(&w, &ws, 2).await;
+        keep(&w, &ws, 9).await;
     }
     // With the key its images are forgotten.
     w.destroy(&me, &ws).await.unwrap();
     let store = crate::store::Store::open(&w.paths.state("kms").join("state.db"), false)
         .await
         .unwrap();
-    let left = store.image(&ws, Purpose::SnapshotDisk).await.unwrap();
-    assert_eq!(left, None);
+    let [disk, _] = pair(&ws, 2);
+    let id = disk.id.unwrap();
+    let left = store.image(&ws, Purpose::SnapshotDisk, id.as_str()).await;
+    assert_eq!(left.unwrap(), None);
     store.close().await;
+}
+
+#[tokio::test]
+async fn i29_the_snapshot_before_stays_the_last_until_the_next_is_whole() {
+    let w = World::new().await;
+    let (me, ws) = (account(1), workspace(1));
+    w.create(&me, &ws).await.unwrap();
+    snapshot(&w, &me, &ws, 1, true).await;
+    keep(&w, &ws, 1).await;
+    let before = restore(&w, &me, &ws, 1).await;
+    // Two that were begun and not ended, also for another KMS.
+    snapshot(&w, &me, &ws, 2, false).await;
+    snapshot(&w, &me, &ws, 3, true).await;
+    let w = w.unsealed(Faults::default()).await;
+    keep(&w, &ws, 1).await;
+    assert_eq!(restore(&w, &me, &ws, 1).await, before);
+    assert_eq!(restore(&w, &me, &ws, 2).await, [refused(), refused()]);
+    // The word of host was lost: whoever opens the new one ends the old one.
+    assert!(restore(&w, &me, &ws, 3).await.iter().all(Result::is_ok));
+    assert_eq!(restore(&w, &me, &ws, 1).await, [refused(), refused()]);
+    // One of the disk alone leaves no memory of the one before.
+    snapshot(&w, &me, &ws, 4, false).await;
+    assert!(restore(&w, &me, &ws, 3).await.iter().all(Result::is_ok));
+    keep(&w, &ws, 4).await;
+    assert_eq!(restore(&w, &me, &ws, 3).await, [refused(), refused()]);
+    let [disk, memory] = restore(&w, &me, &ws, 4).await;
+    assert_eq!((disk.is_ok(), memory), (true, refused()));
 }

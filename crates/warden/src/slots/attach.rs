@@ -7,7 +7,7 @@ use crate::layout::{check_digest_id, remove};
 use crate::limits::SEALED_MAX_BYTES;
 use api::disk::{Anchored, Content, ToDisk};
 use api::vmctl::WardenOp;
-use api::warden::{DiskOpened, Sealed, Start};
+use api::warden::{DiskOpened, Sealed, Snapshot, Start};
 use api::{Error, ErrorCode};
 use jail::process::Handle;
 use jail::{ends, plan};
@@ -27,7 +27,7 @@ impl Warden {
         (purpose, nonce): (Purpose, String),
         volume: (u32, u64, u64),
         pids: u32,
-        from: Option<WorkspaceId>,
+        from: Option<Snapshot>,
     ) -> Result<DiskOpened> {
         check_range("disk_mb", volume.0, &bounds::DISK_MB)?;
         if pids != 0 {
@@ -57,7 +57,7 @@ impl Warden {
             };
             let source = from
                 .as_ref()
-                .map(|of| attest(of, Purpose::SnapshotDisk, nonce.clone()));
+                .map(|of| attest(&of.workspace, Purpose::SnapshotDisk, nonce.clone()));
             Ok((source.transpose()?, attest(&workspace, purpose, nonce)?))
         });
         if waits.is_err() {
@@ -121,7 +121,7 @@ impl Warden {
         s: &mut Slot,
         workspace: &WorkspaceId,
         (size_mb, bytes_per_s, ops_per_s): (u32, u64, u64),
-        from: Option<&WorkspaceId>,
+        from: Option<&Snapshot>,
     ) -> Result {
         self.step(&mut s.record, Step::DiskBegin)?;
         let how = from.map_or(How::Write, |_| How::New);
@@ -138,9 +138,10 @@ impl Warden {
         }
         // What a new one is filled from.
         let beside = match from {
-            Some(workspace) => {
+            Some(Snapshot { workspace, id }) => {
                 let of = Name::new(workspace, Purpose::SnapshotDisk);
-                let image = lock(&self.volumes).open(of, How::Read)?;
+                let id = Some(id.clone());
+                let image = lock(&self.volumes).open(Name { id, ..of }, How::Read)?;
                 vec![image.volume, image.sidecar]
             }
             None if files.fresh => {

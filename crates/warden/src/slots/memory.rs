@@ -19,11 +19,11 @@ use crate::journal::{Record, Step};
 use crate::layout::check_digest_id;
 use api::Error;
 use api::vmctl::WardenOp;
-use api::warden::{Archive, Attested, Memory, MemoryEnd, Object, Sealed, Start};
+use api::warden::{Attested, Memory, MemoryEnd, Object, Sealed, Start};
 use jail::ask::OpenFor;
 use jail::{ends, plan};
 use model::limits as bounds;
-use model::{Purpose, StartId, WorkspaceId};
+use model::{ObjectId, Purpose, StartId, WorkspaceId};
 use rustix::fd::AsFd as _;
 use vmm::driver::Driver;
 use vmm::qemu::argv::{SAVED_MAX_MIB, saved_mib};
@@ -34,20 +34,19 @@ impl Warden {
     pub(super) fn memory_open(
         &self,
         slot: u16,
-        mut of: Name,
+        of: Name,
         (start_id, nonce): (StartId, String),
         save: bool,
-        archive: Option<Archive>,
+        new_mb: Option<u32>,
     ) -> Result<Attested> {
         super::check_slot(slot)?;
         check_digest_id("nonce", &nonce)?;
-        let new_mb = archive.as_ref().map(|a| a.size_mb);
-        of.id = archive.map(|a| a.id);
-        let is_archive = of.id.is_some();
-        if matches!(of.object, Purpose::Disk | Purpose::SnapshotDisk) || !of.is_object() {
-            return Err(invalid(
-                "purpose must be memory, snapshot_memory or archive",
-            ));
+        let is_archive = of.object == Purpose::Archive;
+        let is_sized = new_mb.is_some() == (save && is_archive);
+        let is_disk = matches!(of.object, Purpose::Disk | Purpose::SnapshotDisk);
+        if is_disk || !of.is_object() || !is_sized {
+            let why = "purpose must be memory, or snapshot_memory or archive with an id; an archive that is made has a size_mb";
+            return Err(invalid(why));
         }
         let cell = self.cell(slot);
         let mut held = lock(&cell);
@@ -246,12 +245,13 @@ impl Warden {
         Ok(Attested { attestation })
     }
 
-    pub(super) fn snapshot_grant(&self, slot: u16, key: Sealed) -> Result<bool> {
+    pub(super) fn snapshot_grant(&self, slot: u16, id: ObjectId, key: Sealed) -> Result<bool> {
         check_sealed(&key)?;
         let cell = self.cell(slot);
         let mut held = lock(&cell);
         let s = occupied(slot, &mut held)?;
-        let of = snapshot_of(s)?;
+        let (id, of) = (Some(id), snapshot_of(s)?);
+        let of = Name { id, ..of };
         let disk = s.disk.as_ref().ok_or_else(gone)?;
         image::copy(&self.volumes, disk, of, key).map(|()| true)
     }

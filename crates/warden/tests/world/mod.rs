@@ -9,6 +9,7 @@
 )]
 
 pub mod life;
+pub mod release;
 
 use api::warden::{Op, Open, Source, Start, Status};
 use net::Network;
