@@ -19,6 +19,9 @@ pub const SALT_MAX_BYTES: usize = 64;
 
 /// Largest FUSE read or write, bytes: what a guest's largest request is, so that it is one.
 pub const REQUEST_MAX_BYTES: usize = 512 << 10;
+/// What the kernel may read around a page of saved memory that is touched, bytes. What it reads too
+/// much of is decrypted for nothing, while the guest waits.
+pub const READAHEAD_MAX_BYTES: u32 = 64 << 10;
 /// Sectors that are read, checked and decrypted, or encrypted and tagged, in one go.
 pub const RUN_SECTORS: usize = 16;
 /// What a start reads before the first sector, bytes: both headers and keyslot 0. A tag covers it.
@@ -59,7 +62,7 @@ pub const BACKGROUND_MAX: u16 = 64;
 
 /// After so many bytes written the kernel is asked to begin writing them to the disk: then a flush
 /// has little left to wait for, and one workspace holds little of the host's unwritten memory.
-pub const WRITE_OUT_BYTES: u64 = 32 << 20;
+pub const WRITE_OUT_BYTES: u64 = 4 << 20;
 
 /// How much of a second a rate limit may be ahead, ns. At most one second (DSK-5).
 pub const BURST_NS: u64 = 100_000_000;

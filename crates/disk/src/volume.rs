@@ -14,15 +14,13 @@
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use seal::xts::Xts;
 
 use crate::DiskError;
 use crate::backing::Backing;
-use crate::limits::{
-    DATA_OFFSET_BYTES, HOLE_MIN_SECTORS, RUN_SECTORS, SECTOR_BYTES, WRITE_OUT_BYTES,
-};
+use crate::limits::{DATA_OFFSET_BYTES, HOLE_MIN_SECTORS, RUN_SECTORS, SECTOR_BYTES};
 use crate::luks2::VolumeKey;
 use crate::ranges::Ranges;
 use crate::sidecar::{Report, Sidecar};
@@ -41,8 +39,6 @@ struct Shared<B> {
     size_bytes: u64,
     ranges: Ranges,
     lost: AtomicBool,
-    /// Bytes written since the backing file was asked to write out.
-    written_bytes: AtomicU64,
 }
 
 impl<B> Clone for Volume<B> {
@@ -112,7 +108,6 @@ impl<B: Backing> Volume<B> {
                 size_bytes,
                 ranges,
                 lost,
-                written_bytes: AtomicU64::new(0),
             }),
             cipher,
         })
@@ -150,8 +145,7 @@ impl<B: Backing> Volume<B> {
     pub fn write(&self, offset: u64, data: &mut [u8]) -> io::Result<()> {
         let sectors = self.sectors(offset, data.len() as u64)?;
         self.check_not_lost()?;
-        let len = data.len() as u64;
-        let range = self.shared.ranges.lock(sectors, true);
+        let _range = self.shared.ranges.lock(sectors, true);
         for_each_piece(offset, data, |piece| match piece {
             Piece::Whole { sector, data } => self.store(sector, data),
             Piece::Part { sector, from, data } => {
@@ -160,10 +154,7 @@ impl<B: Backing> Volume<B> {
                 whole[from..from + data.len()].copy_from_slice(data);
                 self.store(sector, &mut whole)
             }
-        })?;
-        drop(range);
-        self.write_out(len);
-        Ok(())
+        })
     }
 
     /// Makes the range zeros: whole sectors become holes, the edges are written.
@@ -207,15 +198,6 @@ impl<B: Backing> Volume<B> {
     pub fn drain_as_due(&self) {
         if let Some(sidecar) = &self.shared.sidecar {
             sidecar.drain_as_due(&self.shared.backing);
-        }
-    }
-
-    /// Counts `len` bytes as written, and has a good deal of them written out.
-    fn write_out(&self, len: u64) {
-        let written = &self.shared.written_bytes;
-        if written.fetch_add(len, Ordering::Relaxed) + len >= WRITE_OUT_BYTES {
-            written.store(0, Ordering::Relaxed);
-            self.shared.backing.write_out();
         }
     }
 

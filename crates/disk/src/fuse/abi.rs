@@ -3,7 +3,7 @@
 //! Requests are read field by field from bytes and answers written the same way: no cast, no
 //! `unsafe`. The kernel is trusted with memory safety anyway, but not with being bug-free.
 
-use crate::limits::{BACKGROUND_MAX, REQUEST_MAX_BYTES};
+use crate::limits::{BACKGROUND_MAX, READAHEAD_MAX_BYTES, REQUEST_MAX_BYTES};
 
 pub(super) const GETATTR: u32 = 3;
 pub(super) const SETATTR: u32 = 4;
@@ -110,7 +110,7 @@ impl Request {
         let mut out = Answer::default();
         out.u32(MAJOR);
         out.u32(MINOR);
-        out.u32(readahead);
+        out.u32(readahead.min(READAHEAD_MAX_BYTES));
         out.u32(offered & (ASYNC_READ | BIG_WRITES | ASYNC_DIO | MAX_PAGES));
         out.u16(BACKGROUND_MAX);
         out.u16(BACKGROUND_MAX * 3 / 4); // Congested from here.

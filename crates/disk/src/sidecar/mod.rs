@@ -56,7 +56,7 @@ use crate::DiskError;
 use crate::backing::Backing;
 use crate::limits::{
     BUFFER_KEPT_BYTES, BUFFER_SECTORS, CARRIED_SECTORS_MAX, CHANGES_MAX, DATA_OFFSET_BYTES,
-    HEADER_COVERED_BYTES, JOURNAL_AHEAD_BYTES, JOURNAL_BYTES, SECTOR_BYTES,
+    HEADER_COVERED_BYTES, JOURNAL_AHEAD_BYTES, JOURNAL_BYTES, SECTOR_BYTES, WRITE_OUT_BYTES,
 };
 
 /// A keyed tag. Zeros: a hole, whose bytes must be zeros.
@@ -124,6 +124,8 @@ pub struct Sidecar<B> {
     lost: AtomicBool,
     /// A volume that is being made: nothing of it counts before its first superblock.
     making: AtomicBool,
+    /// Bytes written to the data file since it was asked to write out.
+    written_bytes: AtomicU64,
     refused: Refused,
 }
 
@@ -228,6 +230,7 @@ impl<B: Backing> Sidecar<B> {
             changes_max: CHANGES_MAX,
             lost: AtomicBool::new(false),
             making: AtomicBool::new(false),
+            written_bytes: AtomicU64::new(0),
             refused: Refused::default(),
         }
     }
@@ -318,6 +321,7 @@ impl<B: Backing> Sidecar<B> {
     ) -> io::Result<()> {
         if self.is_making() {
             data.write_at(place(first), sectors.as_flattened())?;
+            self.write_out(data, sectors.len());
             {
                 let mut commit = self.committer();
                 (commit.unsynced, commit.uncarried) = (true, true);
@@ -365,6 +369,16 @@ impl<B: Backing> Sidecar<B> {
             self.drain(&mut commit, data, false)?;
         }
         Ok(())
+    }
+
+    /// Has what was written to the data file go out, a little at a time: then neither a flush nor a
+    /// neighbour's has much to wait for. Whoever brings batches out waits for it, not who writes.
+    fn write_out(&self, data: &B, sectors: usize) {
+        let bytes = (sectors * SECTOR_BYTES) as u64;
+        if self.written_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes >= WRITE_OUT_BYTES {
+            self.written_bytes.store(0, Ordering::Relaxed);
+            data.write_out();
+        }
     }
 
     fn note_making(&self, first: u64, tags: &[Tag]) -> io::Result<()> {
@@ -499,6 +513,7 @@ impl<B: Backing> Sidecar<B> {
         }
         commit.unsynced = true;
         buffer.write_to(data)?;
+        self.write_out(data, buffer.len());
         let full = {
             let mut view = self.view_mut();
             for (sector, tag) in buffer.entries() {
