@@ -38,6 +38,13 @@ pub const ABSENT: &[(libc::c_long, &str)] = &[
     (libc::SYS_set_mempolicy, "a probe of libnuma"),
 ];
 
+/// Advice on memory that does not exist for QEMU, which goes on without it.
+pub const ABSENT_ADVICE: &[(libc::c_int, &str)] = &[(
+    libc::MADV_HUGEPAGE,
+    "around each page of saved memory that is touched the kernel would read 2 MiB, and 2 MiB \
+     ahead, all of it decrypted while the guest waits",
+)];
+
 /// Calls that are allowed whatever their arguments. What no run of a VM was seen to make says
 /// `spare:` and when it would (`platform::rules` holds the two equal).
 pub const ALLOWED: &[(libc::c_long, &str)] = &[
@@ -50,7 +57,10 @@ pub const ALLOWED: &[(libc::c_long, &str)] = &[
         "guard pages, the loader, translated code",
     ),
     (libc::SYS_mremap, "spare: realloc of large blocks"),
-    (libc::SYS_madvise, "huge pages, DONTDUMP, freed memory"),
+    (
+        libc::SYS_madvise,
+        "DONTDUMP, freed memory (see ABSENT_ADVICE)",
+    ),
     (libc::SYS_msync, "saving RAM to the template's file"),
     (
         libc::SYS_membarrier,
@@ -281,10 +291,11 @@ fn programs(driver: Driver) -> Result<[BpfProgram; 2], seccompiler::BackendError
     } else {
         TargetArch::x86_64
     };
-    let (absent, allowed, requests, options) = match driver {
-        Driver::Qemu => (ABSENT, ALLOWED, IOCTLS, PRCTLS),
+    let (absent, advice, allowed, requests, options) = match driver {
+        Driver::Qemu => (ABSENT, ABSENT_ADVICE, ALLOWED, IOCTLS, PRCTLS),
         Driver::Firecracker => (
             firecracker::ABSENT,
+            &[][..],
             firecracker::ALLOWED,
             firecracker::IOCTLS,
             firecracker::PRCTLS,
@@ -344,8 +355,16 @@ fn programs(driver: Driver) -> Result<[BpfProgram; 2], seccompiler::BackendError
         SeccompAction::Allow,
         arch,
     )?;
+    let mut absent: BTreeMap<i64, Vec<SeccompRule>> =
+        absent.iter().map(|(nr, _)| (*nr, vec![])).collect();
+    if !advice.is_empty() {
+        let rules = advice
+            .iter()
+            .map(|(advice, _)| SeccompRule::new(vec![is(2, *advice as u64)?]));
+        absent.insert(libc::SYS_madvise, rules.collect::<Result<_, _>>()?);
+    }
     let absent = SeccompFilter::new(
-        absent.iter().map(|(nr, _)| (*nr, vec![])).collect(),
+        absent,
         SeccompAction::Allow,
         SeccompAction::Errno(libc::ENOSYS as u32),
         arch,
