@@ -174,17 +174,23 @@ pub fn wake(
     wake: &Wake,
     device: &Device,
     of: &WorkspaceId,
+    laps: &mut Laps,
 ) -> Result<Arc<ServerConfig>, AttachError> {
     let address =
         Address::parse(&wake.ip, wake.prefix, &wake.gateway).map_err(AttachError::Request)?;
     clock_set(wake.time_unix_ns)?;
+    laps.lap("clock");
     let (identity, _) = identity::read(Path::new(&device.disk))?;
     if identity.workspace != *of {
         return Err(AttachError::Request("the disk is another workspace's"));
     }
+    laps.lap("identity");
     let reseeded = reseed(&identity.seed)?;
+    laps.lap("reseed");
     let tls = tls_config(&identity, &reseeded)?;
+    laps.lap("tls");
     net::renew(&address).map_err(step("configuring eth0"))?;
+    laps.lap("network");
     Ok(tls)
 }
 

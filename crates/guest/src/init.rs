@@ -24,7 +24,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 
 use crate::archive::{Archives, Wanted};
-use crate::attach::{self, AttachError, Device, TOKEN_STATE, Workspace, memory_bytes};
+use crate::attach::{self, AttachError, Device, Laps, TOKEN_STATE, Workspace, memory_bytes};
 use crate::auth::StateError;
 use crate::boot::{self, BootError, step};
 use crate::channel::{self, Received, Receiver, Sender, VIRTIO_DEVICES};
@@ -180,7 +180,7 @@ fn up(workspace: Workspace, sender: &Sender, receiver: Receiver) -> Result<(), B
                 Received::Message(message) => match *message {
                     ToGuest::Clock { time_unix_ns } => clock_set(sender, time_unix_ns),
                     ToGuest::Wake(message) => match woken(&message, &service, &tls) {
-                        Ok(()) => tell(sender, &up_now(Vec::new())),
+                        Ok(laps) => tell(sender, &up_now(laps.steps())),
                         Err(error) => sender.send_failed(error.code(), &error.to_string()),
                     },
                     ToGuest::Archive {
@@ -225,19 +225,22 @@ fn woken(
     message: &Wake,
     service: &Arc<Service>,
     tls: &watch::Sender<Arc<ServerConfig>>,
-) -> Result<(), AttachError> {
+) -> Result<Laps, AttachError> {
+    let mut laps = Laps::begin();
     let auth = service.auth();
     match auth.state_raise(&message.token_state) {
         Ok(state) => service.state_keep(message.token_state.clone(), state.seq),
         Err(StateError::Stale) => {}
         Err(StateError::Invalid) => return Err(AttachError::TokenState),
     }
+    laps.lap("token_state");
     tls.send_replace(attach::wake(
         message,
         &Device::workspace(),
         auth.workspace(),
+        &mut laps,
     )?);
-    Ok(())
+    Ok(laps)
 }
 
 fn up_now(steps: Vec<StepTime>) -> FromGuest {

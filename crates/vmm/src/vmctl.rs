@@ -68,7 +68,7 @@ pub struct Vm<V, T> {
     archive: Option<Archive>,
     /// The last archive's number.
     archives: u64,
-    /// How long the VMM took to take the disk and to continue, µs.
+    /// How long the VMM took to take saved memory, the disk, and to continue, µs.
     disk_us: u128,
     answers: Vec<(T, Result<Value, Error>)>,
 }
@@ -417,7 +417,7 @@ impl<V: Vmm, T> Vm<V, T> {
             Ok(disk) => {
                 self.wait(reply, now, Duration::from_millis(wait_ms));
                 self.state = State::Attaching;
-                self.begin(&disk, &ToGuest::Attach(attach));
+                self.begin(Instant::now(), &disk, &ToGuest::Attach(attach));
             }
             Err(e) => self.answers.push((reply, Err(e))),
         }
@@ -430,10 +430,11 @@ impl<V: Vmm, T> Vm<V, T> {
             Ok(disk) => {
                 self.wait(reply, now, Duration::from_millis(wait_ms));
                 self.state = State::Waking;
+                let begun = Instant::now();
                 if let Err(e) = self.vmm.wake() {
                     return self.fail(vmm_error(&e));
                 }
-                self.begin(&disk, &ToGuest::Wake(wake));
+                self.begin(begun, &disk, &ToGuest::Wake(wake));
             }
             Err(e) => self.answers.push((reply, Err(e))),
         }
@@ -454,8 +455,7 @@ impl<V: Vmm, T> Vm<V, T> {
     }
 
     /// Continues the guest on its disk, and tells its agent.
-    fn begin(&mut self, (disk, size_bytes): &(DiskFile, u64), told: &ToGuest) {
-        let begun = Instant::now();
+    fn begin(&mut self, begun: Instant, (disk, size_bytes): &(DiskFile, u64), told: &ToGuest) {
         if let Err(e) = self
             .vmm
             .disk_attach(disk, *size_bytes)
