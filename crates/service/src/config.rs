@@ -162,7 +162,7 @@ impl Default for Network {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            disk_bytes_per_s: 400 << 20,
+            disk_bytes_per_s: 128 << 20,
             disk_ops_per_s: 5_000,
             network_bytes_per_s: 125_000_000,
             network_packets_per_s: 100_000,
