@@ -1,8 +1,13 @@
 //! The HTTP client of the control API and the gateway.
 
 use anyhow::{Context as _, bail};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::path::PathBuf;
+
+/// Longest answer that is read, bytes: a file as large as `cp` moves, and what JSON makes of it.
+const ANSWER_MAX_BYTES: usize = 80 << 20;
+/// Longest text of an error that is shown, characters.
+const TEXT_MAX_CHARS: usize = 2_000;
 
 /// Where the platform is and who is asking.
 #[derive(Debug, Clone, clap::Args)]
@@ -201,17 +206,25 @@ impl Client {
     }
 }
 
-/// The JSON body of a success, or the error that it carries.
+/// The JSON body of a success, or the error that it carries. A workspace may have written it.
 ///
 /// # Errors
 /// [`ApiError`] for every other answer.
 pub async fn json(response: reqwest::Response) -> anyhow::Result<Value> {
     let status = response.status().as_u16();
-    let body: Value = response.json().await.unwrap_or(Value::Null);
-    if (200..300).contains(&status) && body["success"] != Value::Bool(false) {
-        return Ok(body);
-    }
-    let text = |name: &str| body[name].as_str().unwrap_or_default().to_owned();
+    let good = (200..300).contains(&status);
+    let body = whole(response).await.and_then(|body| match &body[..] {
+        [] => Ok(Value::Null),
+        body => serde_json::from_slice(body).map_err(|_| "the answer is no JSON"),
+    });
+    let body = match body {
+        Ok(body) if good && body["success"] != Value::Bool(false) => return Ok(body),
+        Ok(body) => body,
+        Err(why) if good => json!({ "code": "bad_answer", "message": why }),
+        // The status says what there is to be said.
+        Err(_) => Value::Null,
+    };
+    let text = |name: &str| clean(body[name].as_str().unwrap_or_default());
     let code = Some(text("code"))
         .filter(|c| !c.is_empty())
         .unwrap_or_else(|| text("error"));
@@ -226,6 +239,24 @@ pub async fn json(response: reqwest::Response) -> anyhow::Result<Value> {
     })
 }
 
+/// The body, if it is there to its end and not too long.
+async fn whole(mut response: reqwest::Response) -> Result<Vec<u8>, &'static str> {
+    let mut whole = Vec::new();
+    while let Some(chunk) = response.chunk().await.map_err(|_| "the answer broke off")? {
+        if whole.len() + chunk.len() > ANSWER_MAX_BYTES {
+            return Err("the answer is too long");
+        }
+        whole.extend_from_slice(&chunk);
+    }
+    Ok(whole)
+}
+
+/// What another wrote, fit for a terminal.
+fn clean(text: &str) -> String {
+    let fit = |c: char| if c.is_control() { '\u{fffd}' } else { c };
+    text.chars().take(TEXT_MAX_CHARS).map(fit).collect()
+}
+
 fn unreachable(e: reqwest::Error) -> anyhow::Error {
     let message = if e.is_connect() {
         "nothing answers there: is the platform up (`casemate status`), is CASEMATE_CA right?"
@@ -238,4 +269,57 @@ fn unreachable(e: reqwest::Error) -> anyhow::Error {
         message: format!("{message} [{e:?}]"),
         request_id: String::new(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    async fn said(status: u16, body: impl Into<reqwest::Body>) -> Result<Value, (String, String)> {
+        let answer = http::Response::builder().status(status).body(body.into());
+        let read = json(answer.unwrap().into()).await;
+        read.map_err(|e| {
+            let e = e.downcast::<ApiError>().unwrap();
+            assert_eq!(e.status, status);
+            (e.code, e.message)
+        })
+    }
+
+    fn error(code: &str, message: &str) -> Result<Value, (String, String)> {
+        Err((code.into(), message.into()))
+    }
+
+    #[tokio::test]
+    async fn an_answer_is_taken_or_an_error_whatever_it_says() {
+        assert_eq!(said(204, "").await, Ok(Value::Null));
+        assert_eq!(said(200, r#"{"a":1}"#).await, Ok(json!({ "a": 1 })));
+        let deep = "[".repeat(100_000);
+        for body in ["garbage", &deep] {
+            let got = said(200, body.to_owned()).await;
+            assert_eq!(got, error("bad_answer", "the answer is no JSON"));
+            assert_eq!(
+                said(503, body.to_owned()).await,
+                error("", "the answer was HTTP 503")
+            );
+        }
+        let refused = r#"{"success":false,"code":"x\u001b[2J","message":"\u0007no"}"#;
+        let got = error("x\u{fffd}[2J", "\u{fffd}no");
+        assert_eq!(said(200, refused).await, got);
+        assert_eq!(said(500, refused).await, got);
+    }
+
+    #[tokio::test]
+    async fn an_answer_without_end_is_given_up() {
+        let endless =
+            futures_util::stream::repeat_with(|| std::io::Result::Ok(vec![b' '; 1 << 20]));
+        let got = said(200, reqwest::Body::wrap_stream(endless)).await;
+        assert_eq!(got, error("bad_answer", "the answer is too long"));
+        let broken = futures_util::stream::iter([
+            Ok(vec![b'{']),
+            Err(std::io::Error::from(std::io::ErrorKind::ConnectionReset)),
+        ]);
+        let got = said(200, reqwest::Body::wrap_stream(broken)).await;
+        assert_eq!(got, error("bad_answer", "the answer broke off"));
+    }
 }

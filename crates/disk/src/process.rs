@@ -70,7 +70,7 @@ impl Arguments {
 /// # Errors
 /// Whatever kept it from serving or from making all durable; warden was told, if it was there.
 pub fn run(args: impl IntoIterator<Item = String>) -> Result<(), DiskError> {
-    one_arena();
+    sandbox::prepare();
     install_secret_heap(SECRET_HEAP_BYTES)?;
     harden_process()?;
     abort_on_panic();
@@ -89,14 +89,6 @@ pub fn run(args: impl IntoIterator<Item = String>) -> Result<(), DiskError> {
         })?;
     }
     result
-}
-
-/// All threads allocate from the first arena: before it gives memory of another one back, glibc opens
-/// a file of /proc (`check_may_shrink_heap` in its arena.c), for which the sandbox kills.
-fn one_arena() {
-    // SAFETY: takes numbers only, and no other thread is there yet.
-    let set = unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
-    assert_eq!(set, 1, "glibc takes a number of arenas");
 }
 
 /// The life inside the sandbox: all that comes from outside is read here.

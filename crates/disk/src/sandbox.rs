@@ -24,6 +24,14 @@ use crate::limits::{
 /// The oldest Landlock that has all rights and scopes that are closed here (Linux 6.12).
 const LANDLOCK: ABI = ABI::V6;
 
+/// Before any other thread is there: all threads allocate from the first arena. Before it gives memory
+/// of another one back, glibc opens a file of /proc (`check_may_shrink_heap` in its arena.c).
+pub fn prepare() {
+    // SAFETY: takes numbers only.
+    let set = unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+    assert_eq!(set, 1, "glibc takes a number of arenas");
+}
+
 /// Confines the calling thread, for good.
 ///
 /// # Errors

@@ -36,6 +36,21 @@ fn i9_forbidden_acts_kill_and_allowed_ones_do_not() {
     }
 }
 
+/// A worker that allocates and frees much lives, as the process is prepared; else it is killed.
+#[test]
+fn i9_a_thread_allocates_as_much_as_it_likes() {
+    let beside =
+        std::path::Path::new(env!("CARGO_BIN_EXE_casemate-disk")).with_file_name("examples");
+    for (argument, signal) in [("prepared", None), ("unprepared", Some(libc::SIGSYS))] {
+        let status = Command::new(beside.join("allocate"))
+            .arg(argument)
+            .status()
+            .unwrap();
+        assert_eq!(status.signal(), signal, "{argument}: {status}");
+        assert_eq!(status.success(), signal.is_none(), "{argument}: {status}");
+    }
+}
+
 /// Not a test by itself.
 #[test]
 #[ignore = "run by the test above"]

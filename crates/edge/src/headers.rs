@@ -55,7 +55,17 @@ const GUEST_FORBIDDEN: &[&str] = &[
     "content-security-policy-report-only",
     "public-key-pins",
     "refresh",
+    // A browser would ask for a password in the name of all, or report all of the origin's requests.
+    "www-authenticate",
+    "nel",
+    "report-to",
+    "reporting-endpoints",
+    "accept-ch",
+    "origin-agent-cluster",
 ];
+
+/// The same, by how they begin: whose scripts may read the answers is no guest's to say.
+const GUEST_FORBIDDEN_PREFIXES: &[&str] = &["access-control-", "cross-origin-"];
 
 /// The request's headers for control: no credential, nothing that only the edge may say.
 #[must_use]
@@ -81,7 +91,9 @@ pub fn to_guest(headers: &HeaderMap) -> HeaderMap {
 pub fn to_client(headers: &HeaderMap, guest: bool, length: bool) -> HeaderMap {
     let mut out = passed_on(headers, |name| {
         let ours = ANSWER_OURS.contains(&name) || name.starts_with("casemate-");
-        let forbidden = guest && GUEST_FORBIDDEN.contains(&name);
+        let begins = |p: &&str| name.starts_with(p);
+        let forbidden = guest
+            && (GUEST_FORBIDDEN.contains(&name) || GUEST_FORBIDDEN_PREFIXES.iter().any(begins));
         !ours && !forbidden
     });
     if let (true, Some(value)) = (length, headers.get(header::CONTENT_LENGTH)) {
@@ -210,12 +222,21 @@ mod tests {
             ("cache-control", "public"),
             ("etag", "\"x\""),
             ("set-cookie", "a=b"),
+            ("access-control-allow-origin", "*"),
+            ("nel", "{}"),
             ("content-length", "3"),
             ("alt-svc", "h3"),
             ("content-type", "text/html"),
         ]);
         let mut out = to_client(&hostile, true, false);
-        assert!(!out.contains_key("set-cookie") && !out.contains_key("content-length"));
+        for gone in [
+            "set-cookie",
+            "access-control-allow-origin",
+            "nel",
+            "content-length",
+        ] {
+            assert!(!out.contains_key(gone), "{gone}");
+        }
         assert!(out.contains_key("content-security-policy"));
         set_ours(&mut out, "req_0000000000000000");
         assert_eq!(out.get_all("strict-transport-security").iter().count(), 1);

@@ -12,6 +12,7 @@
 
 pub mod activity;
 pub mod answer;
+pub mod awaited;
 pub mod body;
 pub mod control;
 pub mod crowd;

@@ -74,6 +74,14 @@ pub const UPSTREAM_IDLE_MAX: Duration = Duration::from_secs(5);
 pub const CONTROL_IDLE_MAX: usize = 32;
 /// Largest head of an upstream's answer, bytes.
 pub const ANSWER_HEAD_MAX_BYTES: usize = 32 << 10;
+/// How long it may take once its first byte is there, informational answers included: neither the
+/// agent nor control sends any.
+pub const ANSWER_BEGUN_MAX: Duration = Duration::from_secs(10);
+/// Most that may come until it is handed on, bytes: informational answers, the head, and what hyper
+/// reads of the body meanwhile, which is a buffer of its connection and two frames as large.
+pub const ANSWER_BEGUN_MAX_BYTES: usize = 8 * UPSTREAM_BUFFER_BYTES;
+/// Read buffer of one connection to what is behind the edge, bytes.
+pub const UPSTREAM_BUFFER_BYTES: usize = 2 * ANSWER_HEAD_MAX_BYTES;
 /// Life of the edge's client certificate towards guests.
 pub const CLIENT_CERT_TTL: Duration = Duration::from_secs(24 * 3_600);
 

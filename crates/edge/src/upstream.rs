@@ -17,8 +17,11 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::awaited::{Awaited, Head};
 use crate::body::{AtEnd, Payload};
-use crate::limits::{ANSWER_HEAD_MAX_BYTES, HEADERS_MAX, UPSTREAM_IDLE_MAX};
+use crate::limits::{
+    ANSWER_BEGUN_MAX, ANSWER_HEAD_MAX_BYTES, HEADERS_MAX, UPSTREAM_BUFFER_BYTES, UPSTREAM_IDLE_MAX,
+};
 
 /// Idle connections by destination.
 pub struct Pool<K> {
@@ -34,6 +37,7 @@ struct Idle {
 /// One connection.
 pub struct Link {
     sender: SendRequest<Payload>,
+    head: Head,
     close: CancellationToken,
 }
 
@@ -52,10 +56,11 @@ impl Link {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
+        let (stream, head) = Awaited::new(stream, ANSWER_BEGUN_MAX);
         let (mut sender, connection) = http1::Builder::new()
             .max_headers(HEADERS_MAX)
             .max_header_size(ANSWER_HEAD_MAX_BYTES)
-            .max_buf_size(ANSWER_HEAD_MAX_BYTES * 2)
+            .max_buf_size(UPSTREAM_BUFFER_BYTES)
             .handshake(TokioIo::new(stream))
             .await?;
         let close = CancellationToken::new();
@@ -69,7 +74,11 @@ impl Link {
         });
         // Until its task has run once it seems in use, and a pool would drop it.
         sender.ready().await?;
-        Ok(Self { sender, close })
+        Ok(Self {
+            sender,
+            head,
+            close,
+        })
     }
 
     /// Closes the connection when cancelled, whatever it is doing.
@@ -161,8 +170,10 @@ impl<K: Hash + Eq + Clone> Pool<K> {
         mut link: Link,
         request: Request<Payload>,
     ) -> Result<(Response<Incoming>, Lease<K>), (hyper::Error, Option<Request<Payload>>)> {
+        link.head.awaited();
         match link.sender.try_send_request(request).await {
             Ok(response) => {
+                link.head.came();
                 let lease = Lease {
                     link: Some(link),
                     key,

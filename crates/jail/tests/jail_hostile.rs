@@ -37,7 +37,7 @@ fn i14_no_escape_has_an_effect_outside() {
 #[test]
 fn i14_no_escape_of_a_woken_vmm_has_an_effect_on_what_it_was_woken_from() {
     let world = World::new();
-    let rows = world::escapes_woken(&world);
+    let rows = world::escapes_woken(&world, &[]);
     world::print("a woken VMM and its saved memory", &rows);
     assert!(rows.len() >= 30);
     for row in &rows {

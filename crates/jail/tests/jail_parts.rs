@@ -31,19 +31,48 @@ const PARTS: &[(Part, &[Part])] = &[
     (Cgroup, &[]),
 ];
 
+/// The same of those that stand before the memory that a VMM was woken from. The uid does too:
+/// without it there is nothing to try, see below.
+const WOKEN: &[(Part, &[Part])] = &[
+    (Seccomp, &[]),
+    (Landlock, &[]),
+    (Root, &[Seccomp, Landlock]),
+    (ReadOnly, &[Seccomp, Landlock]),
+];
+
 #[test]
 fn every_part_is_needed() {
+    let useless = useless(PARTS, world::escapes);
+    assert!(useless.is_empty(), "nothing changes without {useless:?}");
+}
+
+/// And whatever is gone, the memory stays as it was: the last to refuse is the process that serves it.
+#[test]
+fn every_part_before_saved_memory_is_needed() {
+    let useless = useless(WOKEN, |world, parts| {
+        let rows = world::escapes_woken(world, parts);
+        assert!(rows.len() >= 30);
+        for row in &rows {
+            assert!(row.outside.is_empty(), "without {parts:?}: {row:?}");
+        }
+        rows
+    });
+    assert!(useless.is_empty(), "nothing changes without {useless:?}");
+}
+
+/// Those of `parts` whose absence changes nothing of what `escapes` come to; prints what changes.
+fn useless(parts: &[(Part, &[Part])], escapes: impl Fn(&World, &[Part]) -> Vec<Row>) -> Vec<Part> {
     let mut tables: HashMap<String, Vec<Row>> = HashMap::new();
     let mut table = |parts: &[Part]| -> Vec<Row> {
         let mut parts = parts.to_vec();
         parts.sort_by_key(|p| format!("{p:?}"));
         let all = tables.entry(format!("{parts:?}"));
-        all.or_insert_with(|| world::escapes(&World::new(), &parts))
+        all.or_insert_with(|| escapes(&World::new(), &parts))
             .clone()
     };
     let full = table(&[]);
     let mut useless = Vec::new();
-    for (part, behind) in PARTS {
+    for (part, behind) in parts {
         // Without these alone the jail does not come up: see the other tests.
         let alone = if matches!(part, NoNewPrivs | Root) {
             vec![]
@@ -69,7 +98,7 @@ fn every_part_is_needed() {
             useless.push(*part);
         }
     }
-    assert!(useless.is_empty(), "nothing changes without {useless:?}");
+    useless
 }
 
 /// Without it the jail does not come up: unprivileged processes may not filter themselves.
@@ -78,6 +107,14 @@ fn every_part_is_needed() {
 fn no_filters_without_no_new_privs() {
     let world = World::new();
     world.jail(1, api::warden::Start::Template, &[NoNewPrivs]);
+}
+
+/// Without it the VMM is another user, whom the file system with the saved memory does not let in.
+#[test]
+#[should_panic(expected = "Permission denied")]
+fn nobody_but_its_user_is_woken_from_saved_memory() {
+    let world = World::new();
+    world.jail(1, api::warden::Start::Wake, &[Uid]);
 }
 
 /// Without it Landlock, whose rules are of the jail's own root, lets nothing be run.

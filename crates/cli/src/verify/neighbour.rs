@@ -6,12 +6,13 @@
 
 use super::Finding;
 use super::world::World;
-use anyhow::{Context as _, ensure};
-use api::warden::Slot;
+use anyhow::{Context as _, bail, ensure};
+use api::host;
+use api::warden::{Slot, SlotState};
 use serde_json::json;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// What a bucket or a quota lets pass at once, besides its rate: seconds' worth.
 const BURST_S: f64 = 1.0;
@@ -21,6 +22,10 @@ const QUOTA_SLACK_S: f64 = 0.2;
 const VMM_MAX_BYTES: u64 = 2 << 30;
 /// What the disk process writes besides the guest's data: headers, tags, replies, bytes.
 const DISK_OVERHEAD_BYTES: u64 = 32 << 20;
+/// Within this host has noticed that a VM is gone.
+const NOTICED_WITHIN: Duration = Duration::from_secs(10);
+/// How often it is asked meanwhile.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
 
 /// As root of the workspace, for a while: spinning, forking, writing, flushing and sending at once;
 /// then filling memory, which would starve the rest of itself.
@@ -64,7 +69,10 @@ os.unlink('/root/flood') if os.path.exists('/root/flood') else None
 
 pub(super) async fn iso_8(w: &mut World<'_>) -> anyhow::Result<Finding> {
     let a = w.shared().await?;
-    let b = w.make(json!({})).await?;
+    // If it ends, it stays ended, and host remembers why.
+    let b = w
+        .make(json!({ "config": { "restart_policy": "no" } }))
+        .await?;
     for id in [&a, &b] {
         w.public(id, true).await?;
     }
@@ -89,7 +97,7 @@ pub(super) async fn iso_8(w: &mut World<'_>) -> anyhow::Result<Finding> {
             }
         }
     };
-    let after = hostile.account(w)?;
+    let after = hostile.account(w);
     // What it did to itself is its own affair.
     let ended = flooded.map_or_else(|e| format!(" (it ended with {e:#})"), |_| String::new());
     w.inside(&a, &["true"])
@@ -102,7 +110,11 @@ pub(super) async fn iso_8(w: &mut World<'_>) -> anyhow::Result<Finding> {
         victim.vmm_pid,
         still.vmm_pid
     );
-    let evidence = hostile.within(w, &before, &after)?;
+    let evidence = after.and_then(|after| hostile.within(w, &before, &after));
+    if let Some(why) = hostile.ended(w).await? {
+        bail!("the VM of the workspace that floods ended, and its accounts with it: {why}");
+    }
+    let evidence = evidence?;
     w.public(&a, false).await?;
     w.delete(&b).await?;
     Finding::pass(format!(
@@ -178,6 +190,32 @@ impl Hostile {
             ensure!(held <= rate, "the firewall lets {set} {held}, not {rate}");
         }
         Ok(())
+    }
+
+    /// Why its VM is there no more, in host's words.
+    async fn ended(&self, w: &World<'_>) -> anyhow::Result<Option<String>> {
+        let workspace = self.slot.workspace.clone().context("no workspace")?;
+        let slots = w.probe.warden()?.slots;
+        let still = |s: &Slot| s.vmm_pid == self.slot.vmm_pid && s.state != SlotState::Dead;
+        if slots.iter().any(still) {
+            return Ok(None);
+        }
+        let socket = w.probe.paths.socket("host", "host");
+        let until = Instant::now() + NOTICED_WITHIN;
+        loop {
+            let op = host::Op::Get {
+                workspace: workspace.clone(),
+            };
+            let now: host::Actual =
+                api::rpc::blocking::call(&socket, "verify", &op, NOTICED_WITHIN)?;
+            match (now.state, now.error) {
+                // Host has not looked yet.
+                (host::ActualState::Running, _) if Instant::now() < until => {}
+                (_, Some(e)) => return Ok(Some(e.to_string())),
+                (state, None) => return Ok(Some(format!("it is {state:?}, without an error"))),
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
     }
 
     fn account(&self, w: &World<'_>) -> anyhow::Result<Account> {

@@ -164,7 +164,7 @@ fn bad_input_meets_typed_errors() {
     }
 }
 
-fn client(p: &Platform, account: &Account) -> Client {
+pub(crate) fn client(p: &Platform, account: &Account) -> Client {
     Client::new(
         p.control_url(),
         p.gateway_url(),

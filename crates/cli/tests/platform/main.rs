@@ -7,6 +7,8 @@ mod world;
 
 mod checks;
 mod hostile;
+mod hostile_agent;
+mod hostile_bombs;
 mod hostile_guest;
 mod hostile_host;
 mod kill;

@@ -238,10 +238,12 @@ async fn a_guest_that_talks_nonsense_is_a_bad_gateway() {
     let w = World::new().await;
     let ws = w.workspace(1).await;
     let token = ws.token(|_| {});
-    ws.seen.bytes.store(u64::MAX, Ordering::SeqCst);
-    ws.seen.clogged.store(true, Ordering::SeqCst);
-    ws.actual(|a| a.start_id = Some(model::StartId::from_bytes([9; 8])));
-    ws.becomes(&token, 502, "bad_gateway").await;
+    let nonsense = ["SSH-2.0-x\r\n\r\n", "HTTP/1.1 103 Early Hints\r\n\r\n"];
+    for (start, says) in (9..).zip(nonsense) {
+        *ws.seen.says.lock().unwrap() = Some(says);
+        ws.actual(|a| a.start_id = Some(model::StartId::from_bytes([start; 8])));
+        ws.becomes(&token, 502, "bad_gateway").await;
+    }
 }
 
 #[tokio::test]

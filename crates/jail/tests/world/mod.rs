@@ -637,9 +637,9 @@ pub fn escapes(world: &World, parts: &[Part]) -> Vec<Row> {
     attempts(world, parts, false)
 }
 
-/// Every escape that is of a woken VMM only.
-pub fn escapes_woken(world: &World) -> Vec<Row> {
-    attempts(world, &[], true)
+/// Every escape that is of a woken VMM only, in a jail without `parts`.
+pub fn escapes_woken(world: &World, parts: &[Part]) -> Vec<Row> {
+    attempts(world, parts, true)
 }
 
 fn attempts(world: &World, parts: &[Part], woken: bool) -> Vec<Row> {
