@@ -25,7 +25,7 @@ const VICTIMS: &[&str] = &[
 /// Random moments beyond one for each process.
 const RANDOM_MOMENTS: usize = 20;
 /// Within this everything must be as it should after a kill.
-const RECOVERED_WITHIN: Duration = Duration::from_secs(60);
+pub(crate) const RECOVERED_WITHIN: Duration = Duration::from_secs(60);
 
 #[test]
 fn a_killed_process_leaves_nothing_behind() {

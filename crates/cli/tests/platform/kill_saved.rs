@@ -4,12 +4,12 @@
 //! Each process dies twice a run and each act is in it at least four times; which meet, and when in the
 //! act, comes from a seed that is printed. `CASEMATE_SEED` replays it. About two minutes on two cores.
 
-use crate::kill::{next, seed, settled, until};
+use crate::kill::{RECOVERED_WITHIN, next, seed, settled, until};
 use crate::world::{Account, Platform};
 use serde_json::Value;
 use std::os::unix::fs::MetadataExt as _;
 use std::process::{Command, Output};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Daemons by their name in the supervisor's table; of the workspace's slot; warden's own two.
 const VICTIMS: [&str; 13] = [
@@ -92,7 +92,17 @@ impl World {
 
     /// Does it, once what was killed is there again.
     fn soon(&self, args: &[&str]) {
-        until(|| self.run(args).status.success().then_some(()));
+        let end = Instant::now() + RECOVERED_WITHIN;
+        loop {
+            let out = self.run(args);
+            if out.status.success() {
+                return;
+            }
+            if Instant::now() > end {
+                self.p.expect_ok(&args.join(" "), &out);
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
     }
 
     /// The workspace's or a fork's file.
