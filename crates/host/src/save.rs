@@ -174,8 +174,8 @@ impl Workspace {
         self.spent = Some(lease.start_id.clone());
         self.error = None;
         if self.undropped {
-            self.shared.peers.memory_end(slot, MemoryEnd::Drop).await?;
-            self.undropped = false;
+            // If it can't be dropped now either, warden says so to what comes next.
+            self.save_drop().await?;
         }
         let peers = &self.shared.peers;
         let (stage, opened) = match act {

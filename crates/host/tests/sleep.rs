@@ -166,6 +166,24 @@ async fn a_sleep_that_fails_at_any_step_leaves_it_running() {
     }
 }
 
+/// Warden died with what was being saved: there is nothing to drop by then, and the next sleep goes on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_save_that_warden_took_with_it_keeps_no_other_from_going_on() {
+    let mut w = World::new(0).await;
+    w.bring(1, Power::Running).await;
+    for step in ["vmctl.memory_save", "warden.memory_end"] {
+        let away = (step.to_owned(), ErrorCode::Unavailable);
+        w.doubles.state().failing.extend([away]);
+    }
+    assert_eq!(sleep(&mut w, 1, 1).await.state, Running);
+    {
+        let mut s = w.doubles.state();
+        s.failing.clear();
+        s.slots.values_mut().for_each(|x| x.memory = None);
+    }
+    assert_eq!(sleep(&mut w, 1, 2).await.state, Asleep);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_wake_that_fails_before_its_disk_is_granted_leaves_it_asleep() {
     let mut w = World::new(0).await;

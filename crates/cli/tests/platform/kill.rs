@@ -25,7 +25,7 @@ const VICTIMS: &[&str] = &[
 /// Random moments beyond one for each process.
 const RANDOM_MOMENTS: usize = 20;
 /// Within this everything must be as it should after a kill.
-const RECOVERED_WITHIN: Duration = Duration::from_secs(60);
+pub(crate) const RECOVERED_WITHIN: Duration = Duration::from_secs(60);
 
 #[test]
 fn a_killed_process_leaves_nothing_behind() {
@@ -88,7 +88,7 @@ fn a_killed_process_leaves_nothing_behind() {
     assert_eq!(p.leftovers(), Vec::<String>::new());
 }
 
-fn created(out: &std::process::Output) -> String {
+pub(crate) fn created(out: &std::process::Output) -> String {
     let w: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap_or_else(|e| {
         panic!(
             "create: {e}: {}{}",
@@ -114,12 +114,12 @@ fn kill(p: &Platform, victim: &str) {
 }
 
 /// Waits until every process answers again.
-fn settled(p: &Platform) {
+pub(crate) fn settled(p: &Platform) {
     until(|| p.casemate(&["status"]).status.success().then_some(()));
 }
 
 /// Tries until it gives something.
-fn until<T>(mut f: impl FnMut() -> Option<T>) -> T {
+pub(crate) fn until<T>(mut f: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + RECOVERED_WITHIN;
     loop {
         if let Some(v) = f() {
@@ -133,7 +133,7 @@ fn until<T>(mut f: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-fn seed() -> u64 {
+pub(crate) fn seed() -> u64 {
     std::env::var("CASEMATE_SEED")
         .ok()
         .and_then(|s| s.parse().ok())
@@ -146,7 +146,7 @@ fn seed() -> u64 {
 }
 
 /// xorshift64 (Marsaglia 2003).
-fn next(state: &mut u64) -> u64 {
+pub(crate) fn next(state: &mut u64) -> u64 {
     *state ^= *state << 13;
     *state ^= *state >> 7;
     *state ^= *state << 17;

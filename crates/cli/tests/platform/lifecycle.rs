@@ -2,7 +2,7 @@
 
 use crate::world::{Account, Platform};
 use serde_json::Value;
-use std::io::Read as _;
+use std::io::{Read as _, Write as _};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::time::{Duration, Instant};
 
@@ -47,6 +47,35 @@ impl User<'_> {
         until(wanted, || {
             (self.status(id).as_deref() == Some(wanted)).then_some(())
         });
+    }
+
+    /// The TLS key that the workspace's guest shows the edge, in PEM.
+    fn tls_key(&self, id: &str) -> String {
+        let ip = self.slot(id).unwrap()["net"]["ip"].clone();
+        let to = format!("{}:9991", ip.as_str().unwrap());
+        let name = api::agent::tls_name(&id.parse().unwrap());
+        let shown = std::process::Command::new("nsenter")
+            .arg(format!("--net=/run/netns/{}", self.p.fabric()))
+            .args(["--", "setpriv", "--reuid", "casemate-edge"])
+            .args(["--regid", "casemate-edge", "--clear-groups", "--"])
+            .args(["openssl", "s_client", "-connect", &to, "-servername", &name])
+            .stdin(std::process::Stdio::null())
+            .output()
+            .unwrap();
+        // It asks for a certificate, of which there is none: by then it has shown its own.
+        let shown = String::from_utf8(shown.stdout).unwrap();
+        let mut x509 = std::process::Command::new("openssl")
+            .args(["x509", "-noout", "-pubkey"])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut certificate = x509.stdin.take().unwrap();
+        certificate.write_all(shown.as_bytes()).unwrap();
+        drop(certificate);
+        let key = x509.wait_with_output().unwrap();
+        assert!(key.status.success(), "no certificate: {shown}");
+        String::from_utf8(key.stdout).unwrap()
     }
 
     /// The slot of a workspace.
@@ -211,9 +240,15 @@ fn workspaces_sleep_wake_go_back_and_fork() {
     u.ok(&["ws", "access", &fork, "on"]);
     assert_eq!(u.exec(&fork, "cat /root/kept"), "kept");
     let (ours, its) = (u.exec(&id, IDENTITY), u.exec(&fork, IDENTITY));
+    assert_eq!((ours.lines().count(), its.lines().count()), (5, 5));
     for (a, b) in ours.lines().zip(its.lines()) {
         assert_ne!(a, b, "a fork shares an identity");
     }
+    assert_ne!(
+        u.tls_key(&id),
+        u.tls_key(&fork),
+        "a fork shares its TLS key"
+    );
     u.ok(&["ws", "rm", &id]);
     assert_eq!(
         u.exec(&fork, "cat /root/kept"),

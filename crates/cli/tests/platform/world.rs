@@ -203,23 +203,18 @@ impl Platform {
         children[name]["pid"].as_u64()
     }
 
-    /// Warden's slots.
-    pub(crate) fn slots(&self) -> Vec<serde_json::Value> {
+    /// What warden has; none while it does not answer.
+    pub(crate) fn warden(&self) -> Option<api::warden::Status> {
         let socket = self.root().join("run/casemate/warden/warden.sock");
         let wait = std::time::Duration::from_secs(5);
-        api::rpc::blocking::call::<_, api::warden::Status>(
-            &socket,
-            "test",
-            &api::warden::Op::Status,
-            wait,
-        )
-        .map(|s| {
-            s.slots
-                .iter()
-                .map(|s| serde_json::to_value(s).unwrap())
-                .collect()
-        })
-        .unwrap_or_default()
+        api::rpc::blocking::call(&socket, "test", &api::warden::Op::Status, wait).ok()
+    }
+
+    /// Warden's slots.
+    pub(crate) fn slots(&self) -> Vec<serde_json::Value> {
+        let slots = self.warden().map(|s| s.slots).unwrap_or_default();
+        let values = slots.iter().map(|s| serde_json::to_value(s).unwrap());
+        values.collect()
     }
 
     /// Workspaces that are on a slot.
