@@ -195,7 +195,8 @@ fn a_call_outside_the_list_kills_the_vmm() {
             assert_eq!(vmm.ask(&call), format!("-1 {}", libc::ENOSYS));
         }
         let call = format!("call {} 0 0 {}", libc::SYS_madvise, libc::MADV_DONTNEED);
-        assert_eq!(vmm.ask(&call), "0 0");
+        let answer = vmm.ask(&call);
+        assert!(answer.starts_with("0 "), "{answer}");
         // The one exec is over: nothing can have that descriptor's number again.
         let answer = vmm.ask(&format!("call {} 1023 0 0", libc::SYS_execveat));
         assert!(answer.starts_with("-1"), "{answer}");
