@@ -101,13 +101,13 @@ pub async fn snapshot_take(
                 }
                 w.doc.power = power;
                 let resources = w.doc.life.resources_running.unwrap_or(w.doc.resources);
-                w.doc.life.snapshot_next = Some(Snapshot {
+                w.doc.life.snapshot_next = Some(Box::new(Snapshot {
                     id: id.clone(),
                     request_id: op.request_id.clone(),
                     taken_ms: None,
                     resources,
                     memory,
-                });
+                }));
                 Ok(())
             })
             .await?;
@@ -135,7 +135,7 @@ pub async fn snapshot_take(
                 })?;
                 life.snapshot = Some(Snapshot {
                     taken_ms: Some(now_ms),
-                    ..next
+                    ..*next
                 });
                 Ok(())
             })

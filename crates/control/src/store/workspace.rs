@@ -127,7 +127,7 @@ pub struct Life {
     /// Its snapshot.
     pub snapshot: Option<Snapshot>,
     /// One that was begun, to take that one's place: it is none yet.
-    pub snapshot_next: Option<Snapshot>,
+    pub snapshot_next: Option<Box<Snapshot>>,
     /// Its archives, in the order in which they were begun; at most
     /// [`model::limits::ARCHIVES_MAX`].
     pub archives: Vec<Archive>,
