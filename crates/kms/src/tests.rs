@@ -268,7 +268,7 @@ async fn each_operation_has_its_caller() {
         .iter()
         .filter(|(_, e)| e.result.as_deref() == Some("peer"))
         .count();
-    assert_eq!(by_peer, 7 * 7 - 7);
+    assert_eq!(by_peer, 7 * 8 - 8);
 }
 
 #[tokio::test]
