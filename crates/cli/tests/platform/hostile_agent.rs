@@ -251,6 +251,8 @@ fn keys(attacker: &Guest<'_>) {
         std::fs::write(&file, pem).unwrap();
         attacker.copy_in(file.to_str().unwrap());
     }
+    // It is needed again after a stop that is none of the guest's doing.
+    attacker.run(&["sync"]);
 }
 
 fn pem(what: &str, der: &[u8]) -> String {

@@ -79,6 +79,8 @@ fn a_hostile_guest_harms_nobody_else() {
         let disk_mb = DISK_MB.to_string();
         let bomb = Guest::make(&p, &account, &["--public-access", "--disk-mb", &disk_mb]);
         bomb.copy_in(BOMBS);
+        // What is flushed is there afterwards, however its VM ends.
+        bomb.run(&["sync"]);
         let (vmm, at_rest) = (vmm_of(&p, &bomb), bomb.counters(&p));
         let line = format!("setsid python3 /root/bombs.py {name} </dev/null >/dev/null 2>&1 &");
         bomb.run(&["sh", "-c", &line]);
