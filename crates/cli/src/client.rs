@@ -9,6 +9,12 @@ const ANSWER_MAX_BYTES: usize = 80 << 20;
 /// Longest text of an error that is shown, characters.
 const TEXT_MAX_CHARS: usize = 2_000;
 
+/// What is wrong with an answer that is none, and what to do.
+const NO_JSON: &str = "the answer is no JSON: if a workspace gave it, something in the place of its agent answers: stop and start it; else see that the URL is Casemate's";
+const TOO_LONG: &str =
+    "the answer is longer than 80 MiB: ask for less, or write it to a file and copy that in parts";
+const BROKEN: &str = "the answer broke off: see if it was done, then try again";
+
 /// Where the platform is and who is asking.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Target {
@@ -215,7 +221,7 @@ pub async fn json(response: reqwest::Response) -> anyhow::Result<Value> {
     let good = (200..300).contains(&status);
     let body = whole(response).await.and_then(|body| match &body[..] {
         [] => Ok(Value::Null),
-        body => serde_json::from_slice(body).map_err(|_| "the answer is no JSON"),
+        body => serde_json::from_slice(body).map_err(|_| NO_JSON),
     });
     let body = match body {
         Ok(body) if good && body["success"] != Value::Bool(false) => return Ok(body),
@@ -242,9 +248,9 @@ pub async fn json(response: reqwest::Response) -> anyhow::Result<Value> {
 /// The body, if it is there to its end and not too long.
 async fn whole(mut response: reqwest::Response) -> Result<Vec<u8>, &'static str> {
     let mut whole = Vec::new();
-    while let Some(chunk) = response.chunk().await.map_err(|_| "the answer broke off")? {
+    while let Some(chunk) = response.chunk().await.map_err(|_| BROKEN)? {
         if whole.len() + chunk.len() > ANSWER_MAX_BYTES {
-            return Err("the answer is too long");
+            return Err(TOO_LONG);
         }
         whole.extend_from_slice(&chunk);
     }
@@ -297,7 +303,7 @@ mod tests {
         let deep = "[".repeat(100_000);
         for body in ["garbage", &deep] {
             let got = said(200, body.to_owned()).await;
-            assert_eq!(got, error("bad_answer", "the answer is no JSON"));
+            assert_eq!(got, error("bad_answer", NO_JSON));
             assert_eq!(
                 said(503, body.to_owned()).await,
                 error("", "the answer was HTTP 503")
@@ -314,12 +320,12 @@ mod tests {
         let endless =
             futures_util::stream::repeat_with(|| std::io::Result::Ok(vec![b' '; 1 << 20]));
         let got = said(200, reqwest::Body::wrap_stream(endless)).await;
-        assert_eq!(got, error("bad_answer", "the answer is too long"));
+        assert_eq!(got, error("bad_answer", TOO_LONG));
         let broken = futures_util::stream::iter([
             Ok(vec![b'{']),
             Err(std::io::Error::from(std::io::ErrorKind::ConnectionReset)),
         ]);
         let got = said(200, reqwest::Body::wrap_stream(broken)).await;
-        assert_eq!(got, error("bad_answer", "the answer broke off"));
+        assert_eq!(got, error("bad_answer", BROKEN));
     }
 }
