@@ -119,6 +119,11 @@ async fn one(app: &Arc<App>, w: &Workspace, kms_sealed: &mut Option<bool>) -> ap
         op.request_id.clone_from(request_id);
         return creation::outcome_pay(app, &op, w, None).await;
     }
+    if archive::is_begun(w) || w.doc.life.snapshot_next.is_some() {
+        // Whoever was at it may have come to its end since the list was read.
+        let now = app.store.workspace_get(&w.account, w.id.as_str()).await?;
+        standing::unmoved(&now, w)?;
+    }
     if archive::is_begun(w) {
         return archive::archive_unwind(app, w).await;
     }
