@@ -175,7 +175,8 @@ fn guests_meet_by_a_triple_of_theirs_alone() {
 
 /// One bound, upwards: what passed is no more than a full bucket and what ran into it since. The
 /// clock is read before the bucket is made and after what passed is counted, and nothing has to be
-/// fast: the rates are so low that any machine sends more.
+/// fast: the rates are so low that any machine sends more. Each bound has a guest of its own: what
+/// one sent may still be in its queue, and would be counted for another bound.
 #[test]
 fn a_guest_sends_and_gets_no_more_than_its_rates() {
     const BYTES_PER_S: u64 = 64 << 10;
@@ -190,7 +191,6 @@ fn a_guest_sends_and_gets_no_more_than_its_rates() {
     in_netns(|| {
         let mut nft = Nft::open(network(), EDGE_UID).unwrap();
         nft.rebuild(&BTreeMap::new()).unwrap();
-        let guest = Guest::new(&mut nft, 1);
         let free = opens(&[edge(9991)]);
         let bound = |bytes_per_s, packets_per_s| Rules {
             rates: NetRates {
@@ -199,16 +199,19 @@ fn a_guest_sends_and_gets_no_more_than_its_rates() {
             },
             ..free.clone()
         };
-        nft.set(1, &Rules::default(), &free).unwrap();
         let most = |rate: u64, burst: u64, since: Instant| {
             (since.elapsed().as_secs_f64() * rate as f64).ceil() as u64 + burst
         };
 
         // From the guest. What passes its rates is not open, and counted where that falls.
         let sink = SocketAddr::new(network().gateway().into(), 9);
-        for (rules, size) in [(bound(0, PACKETS_PER_S), 1), (bound(BYTES_PER_S, 0), 1000)] {
-            let (since, before) = (Instant::now(), nft.dropped(1).unwrap());
-            nft.set(1, &free, &rules).unwrap();
+        for (slot, rules, size) in [
+            (1, bound(0, PACKETS_PER_S), 1),
+            (2, bound(BYTES_PER_S, 0), 1000),
+        ] {
+            let guest = Guest::new(&mut nft, slot);
+            let (since, before) = (Instant::now(), nft.dropped(slot).unwrap());
+            nft.set(slot, &Rules::default(), &rules).unwrap();
             until("more than its rates", || {
                 guest.run(move || {
                     let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
@@ -216,9 +219,9 @@ fn a_guest_sends_and_gets_no_more_than_its_rates() {
                         let _ = socket.send_to(&vec![0; size], sink);
                     }
                 });
-                nft.dropped(1).unwrap().outward_limited > before.outward_limited
+                nft.dropped(slot).unwrap().outward_limited > before.outward_limited
             });
-            let passed = nft.dropped(1).unwrap().outward - before.outward;
+            let passed = nft.dropped(slot).unwrap().outward - before.outward;
             assert!(passed > 0);
             let (passed, most) = match rules.rates.bytes_per_s {
                 0 => (passed, most(PACKETS_PER_S, BURST_PACKETS + CHATTER, since)),
@@ -229,13 +232,13 @@ fn a_guest_sends_and_gets_no_more_than_its_rates() {
                 }
             };
             assert!(passed <= most, "{passed} of {most}");
-            nft.set(1, &rules, &free).unwrap();
         }
 
         // Towards the guest, and after a restart of casemate-net.
+        let guest = Guest::new(&mut nft, 3);
         let rules = bound(BYTES_PER_S, 0);
         let since = Instant::now();
-        nft.rebuild(&BTreeMap::from([(1, rules.clone())])).unwrap();
+        nft.rebuild(&BTreeMap::from([(3, rules.clone())])).unwrap();
         let (to, count) = guest.count(9991);
         let write = move || {
             let mut stream = TcpStream::connect_timeout(&to, SOON).unwrap();
@@ -244,13 +247,13 @@ fn a_guest_sends_and_gets_no_more_than_its_rates() {
         };
         std::thread::spawn(move || as_uid(EDGE_UID, write));
         until("more than its rates", || {
-            nft.dropped(1).unwrap().inward_limited > 0
+            nft.dropped(3).unwrap().inward_limited > 0
         });
         until("what passed arrives", || count.load(Ordering::Relaxed) > 0);
         let got = count.load(Ordering::Relaxed);
         let most = most(BYTES_PER_S, BURST_BYTES, since);
         assert!(got <= most, "{got} of {most}");
-        nft.slot_remove(1, &rules).unwrap();
+        nft.slot_remove(3, &rules).unwrap();
         assert_eq!(nft_elements(), Vec::<String>::new());
     });
 }
