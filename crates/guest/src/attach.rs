@@ -8,6 +8,7 @@
 //!
 //! Must never go on after a failed step, or keep the seeds longer than it needs them.
 
+use std::ffi::CStr;
 use std::fs::{self, File};
 use std::io;
 use std::net::Ipv4Addr;
@@ -132,10 +133,10 @@ pub fn attach(attach: &Attach, device: &Device) -> Result<Workspace, AttachError
     laps.lap("reseed");
     let tls = tls_config(&identity, &reseeded)?;
     laps.lap("tls");
-    let length_bytes = partition_add(&disk)?;
+    let grows_to = partition_add(&disk)?;
     drop(disk);
     laps.lap("partition");
-    disk_mount(&device.partition, length_bytes)?;
+    disk_mount(&device.partition, grows_to)?;
     reserve_release();
     laps.lap("mount");
     let (auth, kept) = auth(&identity, &attach.token_state)?;
@@ -377,33 +378,46 @@ pub fn token_state_store(path: &Path, signed: &str) -> io::Result<()> {
     fs::rename(&temporary, path)
 }
 
-/// Makes the volume behind the identity area a partition; gives its length, bytes.
-fn partition_add(device: &File) -> Result<u64, BootError> {
-    let size_bytes = size_wait(device).map_err(step("reading the size of the disk"))?;
-    let length_bytes = size_bytes - VOLUME_OFFSET_BYTES;
+/// Makes the volume behind the identity area a partition; gives its length, bytes, if that is more
+/// than its file system has.
+fn partition_add(device: &File) -> Result<Option<u64>, BootError> {
+    let (length_bytes, ext4) = sizes_wait(device).map_err(step("reading the size of the disk"))?;
     sys::partition_add(device, VOLUME_OFFSET_BYTES, length_bytes)
         .map_err(step("adding the disk's partition"))?;
-    Ok(length_bytes)
+    Ok((length_bytes - ext4.bytes >= ext4.block_bytes).then_some(length_bytes))
 }
 
-/// Mounts the volume's ext4.
-fn disk_mount(partition: &str, length_bytes: u64) -> Result<(), BootError> {
+/// What a mount does before anybody asks for it, on the one CPU that the rest of the start needs:
+/// the bitmap of each block group is read, or made, and checked.
+const EXT4_OPTIONS: &CStr = c"discard,no_prefetch_block_bitmaps";
+
+/// Mounts the volume's ext4, and lets it grow.
+fn disk_mount(partition: &str, grows_to: Option<u64>) -> Result<(), BootError> {
     let flags = MountFlags::NOATIME | MountFlags::NODEV;
-    mount(partition, "ext4", Path::new(DISK), flags, Some(c"discard"))
+    mount(partition, "ext4", Path::new(DISK), flags, Some(EXT4_OPTIONS))
         .map_err(step(format!("mounting {partition} (ext4)")))?;
-    grow(length_bytes);
+    if let Some(length_bytes) = grows_to {
+        grow(length_bytes);
+    }
     Ok(())
 }
 
-/// The size of the device, once it can hold the file system on it: after a late attach the
-/// kernel may need a moment to see it.
-fn size_wait(device: &File) -> io::Result<u64> {
+/// What a file system says of its size.
+struct Ext4 {
+    bytes: u64,
+    block_bytes: u64,
+}
+
+/// The volume's length, bytes, once it can hold the file system on it (after a late attach the
+/// kernel may need a moment to see it); and that file system's size.
+fn sizes_wait(device: &File) -> io::Result<(u64, Ext4)> {
     let deadline = Instant::now() + DISK_SIZE_WAIT;
     loop {
         let size_bytes = sys::device_size(device)?;
-        let need_bytes = VOLUME_OFFSET_BYTES + ext4_size_bytes(device)?;
+        let ext4 = ext4_size(device)?;
+        let need_bytes = VOLUME_OFFSET_BYTES.saturating_add(ext4.bytes);
         if size_bytes >= need_bytes && size_bytes > VOLUME_OFFSET_BYTES {
-            return Ok(size_bytes);
+            return Ok((size_bytes - VOLUME_OFFSET_BYTES, ext4));
         }
         if Instant::now() > deadline {
             let what = format!("has {size_bytes} bytes, its file system needs {need_bytes}");
@@ -414,7 +428,7 @@ fn size_wait(device: &File) -> io::Result<u64> {
 }
 
 /// Size of the ext4 on the volume, from its superblock.
-fn ext4_size_bytes(device: &File) -> io::Result<u64> {
+fn ext4_size(device: &File) -> io::Result<Ext4> {
     #[repr(C, align(4096))]
     struct Block([u8; 4096]);
     let mut block = Box::new(Block([0; 4096]));
@@ -441,11 +455,15 @@ fn ext4_size_bytes(device: &File) -> io::Result<u64> {
     if block_size_log > 6 {
         return Err(io::Error::other("its ext4 has an impossible block size"));
     }
-    Ok(blocks.saturating_mul(1024 << block_size_log))
+    let block_bytes = 1024 << block_size_log;
+    Ok(Ext4 {
+        bytes: blocks.saturating_mul(block_bytes),
+        block_bytes,
+    })
 }
 
 /// Lets the file system grow into a disk that has become larger; in the background, as it works
-/// without too. The kernel does nothing where it fills its disk already.
+/// without too.
 fn grow(length_bytes: u64) {
     let Ok(disk) = File::open(DISK) else { return };
     let Ok(stat) = rustix::fs::fstatvfs(&disk) else {

@@ -293,7 +293,7 @@ fn mkfs(launcher: &Launcher, file: OwnedFd) -> Result {
     match mkfs.reap() {
         Some(0) => Ok(()),
         status => Err(Error::internal(format!(
-            "mke2fs failed: {status:?} (install e2fsprogs)"
+            "mke2fs failed: {status:?} (install e2fsprogs 1.47 or later)"
         ))),
     }
 }
