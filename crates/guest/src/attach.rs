@@ -394,8 +394,14 @@ const EXT4_OPTIONS: &CStr = c"discard,no_prefetch_block_bitmaps";
 /// Mounts the volume's ext4, and lets it grow.
 fn disk_mount(partition: &str, grows_to: Option<u64>) -> Result<(), BootError> {
     let flags = MountFlags::NOATIME | MountFlags::NODEV;
-    mount(partition, "ext4", Path::new(DISK), flags, Some(EXT4_OPTIONS))
-        .map_err(step(format!("mounting {partition} (ext4)")))?;
+    mount(
+        partition,
+        "ext4",
+        Path::new(DISK),
+        flags,
+        Some(EXT4_OPTIONS),
+    )
+    .map_err(step(format!("mounting {partition} (ext4)")))?;
     if let Some(length_bytes) = grows_to {
         grow(length_bytes);
     }

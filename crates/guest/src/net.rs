@@ -84,13 +84,17 @@ pub fn configure(address: &Address) -> io::Result<()> {
     interfaces.route_add(INTERFACE, any, any, Some(address.gateway))
 }
 
-/// As [`configure`], for a link that was another one before: what it knew of its neighbour and its
-/// routes goes. Connections stay, if the address does.
+/// As [`configure`], for a link that may have been another one before: then what it knew of its
+/// routes goes. If the address stays, all stays: its neighbour's is the same on every link.
 ///
 /// # Errors
 /// The kernel's answer.
 pub fn renew(address: &Address) -> io::Result<()> {
-    Interfaces::new()?.up(INTERFACE, false)?;
+    let interfaces = Interfaces::new()?;
+    if interfaces.is(INTERFACE, address.mac(), address.ip)? {
+        return Ok(());
+    }
+    interfaces.up(INTERFACE, false)?;
     configure(address)
 }
 

@@ -195,6 +195,29 @@ impl Interfaces {
         self.ioctl(libc::SIOCSIFNETMASK, &mut request)
     }
 
+    /// Whether it is up, with just this hardware address and address.
+    pub(crate) fn is(&self, name: &str, mac: [u8; 6], ip: Ipv4Addr) -> io::Result<bool> {
+        let mut request = ifreq(name)?;
+        self.ioctl(libc::SIOCGIFFLAGS, &mut request)?;
+        // SAFETY: the kernel just filled in the flags.
+        let flags = unsafe { request.ifr_ifru.ifru_flags };
+        self.ioctl(libc::SIOCGIFHWADDR, &mut request)?;
+        // SAFETY: the kernel just filled in the hardware address.
+        let hardware = unsafe { request.ifr_ifru.ifru_hwaddr.sa_data };
+        match self.ioctl(libc::SIOCGIFADDR, &mut request) {
+            Err(e) if e.raw_os_error() == Some(libc::EADDRNOTAVAIL) => return Ok(false),
+            other => other?,
+        }
+        // SAFETY: the kernel just filled in the address.
+        let address = unsafe { request.ifr_ifru.ifru_addr };
+        let up = flags & libc::IFF_UP as libc::c_short != 0;
+        let chars = |byte| byte as libc::c_char;
+        Ok(
+            up && hardware[..6] == mac.map(chars)
+                && address.sa_data[2..6] == ip.octets().map(chars),
+        )
+    }
+
     pub(crate) fn address_remove(&self, name: &str) -> io::Result<()> {
         let mut request = ifreq(name)?;
         request.ifr_ifru.ifru_addr = sockaddr(Ipv4Addr::UNSPECIFIED);

@@ -292,7 +292,7 @@ impl Fleet {
     }
 
     async fn build(&self, shape: &Shape) -> api::Result<()> {
-        let slot = self.slot_take(false)?;
+        let slot = self.slot_take(false, None)?;
         let built = async {
             self.peers.vm_open(slot, Start::Build, shape).await?;
             self.peers.vm_prepare(slot).await?;
@@ -308,7 +308,7 @@ impl Fleet {
     /// Opens a VM and brings it to the point where a disk may be attached; for a workspace, or
     /// for the pool.
     async fn open(&self, shape: &Shape, how: Start, runs: bool) -> api::Result<Spare> {
-        let slot = self.slot_take(runs)?;
+        let slot = self.slot_take(runs, None)?;
         let opened = async {
             let net = self.peers.vm_open(slot, how, shape).await?;
             // A VM that is taken at once runs what it needs for the first time in earnest.
@@ -336,9 +336,10 @@ impl Fleet {
         }
     }
 
-    /// A free slot for a workspace that comes up from saved memory.
-    pub(crate) fn slot_for_memory(&self) -> api::Result<u16> {
-        self.slot_take(true)
+    /// A free slot for a workspace that comes up from saved memory: `last`, where it was, if that is
+    /// free. Its guest then keeps its address, and with it its connections.
+    pub(crate) fn slot_for_memory(&self, last: Option<u16>) -> api::Result<u16> {
+        self.slot_take(true, last)
     }
 
     /// Closes a slot now, or leaves it to `tend`.
@@ -393,7 +394,7 @@ impl Fleet {
         inner.not_before.insert(shape, later);
     }
 
-    fn slot_take(&self, runs: bool) -> api::Result<u16> {
+    fn slot_take(&self, runs: bool, last: Option<u16>) -> api::Result<u16> {
         let mut inner = self.lock();
         if runs && inner.running.len() >= usize::from(self.bounds.max_running) {
             return Err(full());
@@ -405,11 +406,13 @@ impl Fleet {
             return Err(full());
         }
         let all = model::limits::SLOTS_MAX;
-        let slot = (0..all)
-            .map(|i| (inner.next + i) % all)
-            .find(|s| !inner.used.contains(s))
-            .ok_or_else(full)?;
-        inner.next = (slot + 1) % all;
+        let is_free = |s: &u16| !inner.used.contains(s);
+        let next = || (0..all).map(|i| (inner.next + i) % all).find(is_free);
+        let again = last.filter(is_free);
+        let slot = again.or_else(next).ok_or_else(full)?;
+        if again.is_none() {
+            inner.next = (slot + 1) % all;
+        }
         inner.used.insert(slot);
         if runs {
             inner.running.insert(slot);

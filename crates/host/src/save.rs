@@ -284,7 +284,7 @@ impl Workspace {
         let purpose = memory.0;
         (self.crashed, self.error) = (false, None);
         let shared = Arc::clone(&self.shared);
-        let slot = shared.fleet.slot_for_memory()?;
+        let slot = shared.fleet.slot_for_memory(self.last_slot)?;
         let opened = match shared
             .peers
             .memory_open(slot, &lease, memory, false, None)

@@ -101,6 +101,8 @@ pub struct Workspace {
     place: Arc<Mutex<Option<Place>>>,
     pub(crate) vm: Vm,
     pub(crate) spare: Option<Spare>,
+    /// The slot that it had last.
+    pub(crate) last_slot: Option<u16>,
     pub(crate) start_id: Option<StartId>,
     attestation: Option<String>,
     /// The same for the disk that this one begins as a copy of.
@@ -153,6 +155,7 @@ impl Workspace {
             place: Arc::clone(&place),
             vm: Vm::Absent,
             spare: None,
+            last_slot: None,
             start_id: None,
             attestation: None,
             copy_attestation: None,
@@ -447,6 +450,7 @@ impl Workspace {
                 self.anchor_last(slot).await?;
             }
             self.shared.fleet.close(slot).await?;
+            self.last_slot = Some(slot);
         }
         self.vm = Vm::Absent;
         self.spare = None;

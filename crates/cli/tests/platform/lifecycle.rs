@@ -218,11 +218,15 @@ fn workspaces_sleep_wake_go_back_and_fork() {
 
     // With an idle policy a request at the gateway wakes it; a stranger's does not.
     u.ok(&["ws", "lifecycle", &id, "--suspend-after", "10m"]);
+    let place = |id: &str| u.slot(id).map(|s| (s["slot"].clone(), s["ip"].clone()));
+    let before = place(&id);
     u.ok(&["ws", "sleep", &id]);
     let stranger = p.account("stranger");
     let refused = p.as_user(&stranger, &["ws", "exec", &id, "--", "true"]);
     assert!(!refused.status.success() && asleep(&id));
     assert!(count(&id) >= now, "woken by the request");
+    assert!(before.is_some());
+    assert_eq!(place(&id), before, "it keeps a slot that is free");
 
     // Back to a snapshot: disk and memory of then.
     u.ok(&["ws", "snapshot", &id]);
