@@ -9,7 +9,7 @@
 //! | start | `POST /workspace` to the first result of an exec | QEMU alone: restore to the agent's first answer; cold boot to its `booted` |
 //! | exec | `true`, by the gateway | the same call of the agent, past the edge |
 //! | disk | 1 MiB direct writes and reads by `dd` in a workspace | the same `dd` on ext4 in QEMU alone, over its LUKS driver and over a plain file |
-//! | sleep | a request that wakes a workspace, to its agent's answer; memory, written and encrypted | QEMU alone: the same restore; the same memory to a plain file |
+//! | sleep | a request that wakes a workspace, to its agent's answer; memory, written and encrypted | QEMU alone: the same restore; the same work of the guest after a wake; the same memory to a plain file |
 //! | fork | snapshot, fork, opening, first exec; 16 forks at once | the same restore |
 //! | density | memory of 16 workspaces, without the VMMs' | none |
 //! | neighbour | a workspace's rounds of work beside another's floods | the same alone, under the same quotas |
@@ -26,6 +26,7 @@ mod neighbour;
 mod platform;
 mod sleep;
 mod start;
+mod wake;
 
 use anyhow::{Context as _, Result, ensure};
 use std::path::PathBuf;

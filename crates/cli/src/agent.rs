@@ -29,6 +29,21 @@ pub async fn over_mtls(
     status(stream, path, token).await
 }
 
+/// The same with a guest that no mint knows: `guest` is its identity, `edge` the one that it takes for
+/// the edge's. For measurements.
+///
+/// # Errors
+/// When there is no answer.
+pub async fn over_mtls_unlisted(
+    (guest, edge): (&VerifyingKey, &Identity),
+    workspace: &WorkspaceId,
+    ip: Ipv4Addr,
+    path: &str,
+    token: &str,
+) -> anyhow::Result<String> {
+    status(dial(guest, workspace, ip, edge).await?, path, token).await
+}
+
 /// The edge's identity: its user may read it.
 fn edge(paths: &Paths) -> anyhow::Result<Identity> {
     let seed = service::files::read_bounded(&paths.state("edge").join("identity.seed"), 32)?;
@@ -153,10 +168,21 @@ async fn connect(
     let state: api::mint::TokenState =
         seal::sign::Signed::parse(signed.signed)?.verify(&mint, api::context::TOKEN_STATE)?;
     let anchor = VerifyingKey::from_hex(&state.identity_pub)?;
+    dial(&anchor, workspace, ip, &client).await
+}
+
+async fn dial(
+    guest: &VerifyingKey,
+    workspace: &WorkspaceId,
+    ip: Ipv4Addr,
+    client: &Identity,
+) -> anyhow::Result<impl AsyncRead + AsyncWrite + Unpin + use<>> {
     let leaf = client.leaf("edge.casemate.internal", Duration::from_secs(600))?;
-    let config = seal::tls::client_config(&anchor, Some(leaf), seal::tls::HTTP1)?;
+    let config = seal::tls::client_config(guest, Some(leaf), seal::tls::HTTP1)?;
     let name = api::agent::tls_name(workspace);
     let tcp = tokio::time::timeout(WAIT, TcpStream::connect((ip, PORT_AGENT_TLS))).await??;
+    // Else the request waits until the guest has acknowledged the end of the handshake.
+    tcp.set_nodelay(true)?;
     let connector = seal::tls::tokio_rustls::TlsConnector::from(config);
     Ok(tokio::time::timeout(WAIT, connector.connect(name.try_into()?, tcp)).await??)
 }

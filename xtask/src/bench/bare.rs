@@ -6,19 +6,22 @@
 
 use super::platform::Platform;
 use anyhow::{Context as _, Result, bail, ensure};
+use api::agent::{FromGuest, ToGuest, Up};
 use jail::cgroup::{Bounds, Cgroups};
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::OFlags;
 use rustix::io::{FdFlags, fcntl_setfd};
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
-use vmm::Vmm as _;
 use vmm::qemu::{Accel, How, Net, Paths, Qemu, Spec, argv};
+use vmm::{DiskFile, Vmm as _};
 
 /// How long a guest may take.
 const WAIT_MAX: Duration = Duration::from_secs(60);
@@ -83,41 +86,38 @@ impl Bare {
 
     /// From nothing to the first answer of the restored agent.
     pub(super) fn restore(&mut self, memory_mib: u32) -> Result<Duration> {
-        let template = self.template.clone().context("there is no template")?;
-        let state = File::open(template.join("state"))?;
-        fcntl_setfd(&state, FdFlags::empty())?;
         let began = Instant::now();
-        let spec = self.spec(How::Template, memory_mib);
-        let mut vm = self.start(argv(&spec), Some(&state))?;
-        vm.qemu.restore()?;
-        vm.qemu.cont()?;
-        // Anything it answers is an answer: this line is no message, and it says so.
-        vm.agent.write_all(b"{}\n")?;
-        let said = vm.line()?;
-        let took = began.elapsed();
-        ensure!(said.contains("message_malformed"), "it said {said}");
-        Ok(took)
+        let mut vm = self.restored(memory_mib)?;
+        vm.first_answer()?;
+        Ok(began.elapsed())
     }
 
     /// Saves the memory of a restored VM to a new plain file, as the platform has it saved, until
     /// the file is durable.
     pub(super) fn save(&mut self, memory_mib: u32, to: &Path) -> Result<Duration> {
-        let template = self.template.clone().context("there is no template")?;
-        let state = File::open(template.join("state"))?;
-        fcntl_setfd(&state, FdFlags::empty())?;
+        let mut vm = self.restored(memory_mib)?;
+        vm.first_answer()?;
+        vm.save(to)
+    }
+
+    /// A VM from the template, before its virtual CPUs run.
+    pub(super) fn restored(&mut self, memory_mib: u32) -> Result<Vm> {
+        let template = self.template.as_ref().context("there is no template")?;
+        let state = inherited(&template.join("state"))?;
         let spec = self.spec(How::Template, memory_mib);
         let mut vm = self.start(argv(&spec), Some(&state))?;
         vm.qemu.restore()?;
-        vm.qemu.cont()?;
-        vm.agent.write_all(b"{}\n")?;
-        vm.line()?;
-        vm.qemu.stop()?;
-        // For writing only: QEMU wants a descriptor's very access mode.
-        let file = File::options().write(true).create_new(true).open(to)?;
-        let began = Instant::now();
-        vm.qemu.memory_save(file.as_fd())?;
-        file.sync_data()?;
-        Ok(began.elapsed())
+        Ok(vm)
+    }
+
+    /// A VM on the memory that [`Vm::save`] kept in `saved`, before its virtual CPUs run.
+    pub(super) fn woken(&mut self, memory_mib: u32, saved: &Path) -> Result<Vm> {
+        let state = inherited(saved)?;
+        let mut spec = self.spec(How::Wake, memory_mib);
+        spec.paths.saved = saved.to_owned();
+        let mut vm = self.start(argv(&spec), Some(&state))?;
+        vm.qemu.wake()?;
+        Ok(vm)
     }
 
     /// From nothing to the agent's `booted`.
@@ -217,6 +217,13 @@ impl Bare {
     }
 }
 
+/// A file for reading, whose descriptor a child gets.
+fn inherited(path: &Path) -> Result<File> {
+    let file = File::open(path)?;
+    fcntl_setfd(&file, FdFlags::empty())?;
+    Ok(file)
+}
+
 /// `argv` speaks of fixed descriptors; an unjailed child gets those of this process.
 fn renumbered(word: OsString, here: &[(i32, i32)]) -> OsString {
     let Some(text) = word.to_str() else {
@@ -224,8 +231,8 @@ fn renumbered(word: OsString, here: &[(i32, i32)]) -> OsString {
     };
     if text.starts_with("tap,") {
         // The template wants the same offloads, which only a tap has.
-        let name = std::process::id();
-        let own = format!("tap,id=net,ifname=cmb{name},script=no,downscript=no,vhost=off");
+        let name = tap_name();
+        let own = format!("tap,id=net,ifname={name},script=no,downscript=no,vhost=off");
         return own.into();
     }
     if !text.starts_with("socket,id=") && !text.starts_with("fd=") {
@@ -240,7 +247,13 @@ fn renumbered(word: OsString, here: &[(i32, i32)]) -> OsString {
     word
 }
 
-struct Vm {
+/// The bare VM's tap: QEMU makes one unless it is there.
+pub(super) fn tap_name() -> String {
+    format!("cmb{}", std::process::id())
+}
+
+/// One QEMU; ended when it is dropped.
+pub(super) struct Vm {
     qemu: Qemu,
     agent: UnixStream,
     buffer: Vec<u8>,
@@ -248,6 +261,51 @@ struct Vm {
 }
 
 impl Vm {
+    /// Runs, until the agent answers.
+    pub(super) fn first_answer(&mut self) -> Result<()> {
+        self.qemu.cont()?;
+        // Anything it answers is an answer: this line is no message, and it says so.
+        self.agent.write_all(b"{}\n")?;
+        let said = self.line()?;
+        ensure!(said.contains("message_malformed"), "it said {said}");
+        Ok(())
+    }
+
+    /// Stops its virtual CPUs.
+    pub(super) fn stop(&mut self) -> Result<()> {
+        Ok(self.qemu.stop()?)
+    }
+
+    /// Runs on `disk`, as vmctl has it, until the agent that is told `told` is up.
+    pub(super) fn up(&mut self, disk: &Path, told: &ToGuest) -> Result<Up> {
+        let mut options = File::options();
+        options.read(true).write(true);
+        // QEMU wants a descriptor's very flags.
+        let direct = OFlags::DIRECT.bits().cast_signed();
+        let file = options.custom_flags(direct).open(disk)?;
+        let size_bytes = file.metadata()?.len();
+        let disk = DiskFile::Descriptor(file.into());
+        self.qemu.disk_attach(&disk, size_bytes)?;
+        self.qemu.cont()?;
+        let line = serde_json::to_string(told)? + "\n";
+        self.agent.write_all(line.as_bytes())?;
+        match serde_json::from_str(&self.line()?)? {
+            FromGuest::Up(up) => Ok(up),
+            other => bail!("the guest is not up: {other:?}"),
+        }
+    }
+
+    /// Stops it and saves its memory to a new plain file; how long that took until it was durable.
+    pub(super) fn save(&mut self, to: &Path) -> Result<Duration> {
+        self.qemu.stop()?;
+        // For writing only: QEMU wants a descriptor's very access mode.
+        let file = File::options().write(true).create_new(true).open(to)?;
+        let began = Instant::now();
+        self.qemu.memory_save(file.as_fd())?;
+        file.sync_data()?;
+        Ok(began.elapsed())
+    }
+
     /// The next line on the agent's channel, with its end.
     fn line(&mut self) -> Result<String> {
         let deadline = Instant::now() + WAIT_MAX;

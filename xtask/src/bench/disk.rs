@@ -237,28 +237,39 @@ fn initramfs(platform: &Platform, dir: &Path, program: &Path) -> Result<PathBuf>
     Ok(path)
 }
 
-/// A file with an empty ext4, made as a workspace's is, and the same in LUKS1 by QEMU.
+/// A file with an empty ext4, and the same in LUKS1 by QEMU.
 fn images(dir: &Path) -> Result<[PathBuf; 2]> {
     let (raw, luks, secret) = (dir.join("raw"), dir.join("luks"), dir.join("secret"));
     std::fs::write(&secret, "bench")?;
-    let file = std::fs::File::create(&raw)?;
-    file.set_len(u64::from(DISK_MB) << 20)?;
-    let run = |program: &str, words: &[&str], last: &[&Path]| -> Result<()> {
-        let out = Command::new(program).args(words).args(last).output();
-        let out = out.with_context(|| format!("run {program}"))?;
-        let said = String::from_utf8_lossy(&out.stderr);
-        ensure!(out.status.success(), "{program}: {}", said.trim());
-        Ok(())
-    };
-    let mkfs = "-q -F -t ext4 -b 4096 -m 0 -I 256 -J size=16 -E \
-                lazy_itable_init=1,lazy_journal_init=1,nodiscard,resize=67108864";
-    let mkfs: Vec<&str> = mkfs.split_whitespace().collect();
-    run("mke2fs", &mkfs, &[&raw])?;
+    ext4(&raw, 0)?;
     let object = format!("secret,id=s,file={}", secret.display());
-    let words = ["convert", "--object", &object, "-f", "raw", "-O", "luks"];
-    let words = [&words[..], &["-o", "key-secret=s,iter-time=10"]].concat();
-    run("qemu-img", &words, &[&raw, &luks])?;
+    let mut convert = Command::new("qemu-img");
+    convert.args(["convert", "--object", &object, "-f", "raw", "-O", "luks"]);
+    convert.args(["-o", "key-secret=s,iter-time=10"]);
+    quietly(convert.args([&raw, &luks]))?;
     Ok([raw, luks])
+}
+
+/// A new file with an empty ext4 from `offset_bytes` on, made as a workspace's is.
+pub(super) fn ext4(file: &Path, offset_bytes: u64) -> Result<()> {
+    let length_bytes = u64::from(DISK_MB) << 20;
+    std::fs::File::create(file)?.set_len(offset_bytes + length_bytes)?;
+    let mut mkfs = Command::new("mke2fs");
+    let words = "-q -F -t ext4 -b 4096 -m 0 -I 256 -J size=16 -E";
+    mkfs.args(words.split_whitespace()).arg(format!(
+        "lazy_itable_init=1,lazy_journal_init=1,nodiscard,resize=67108864,offset={offset_bytes}"
+    ));
+    quietly(mkfs.arg(file).arg(format!("{DISK_MB}M")))
+}
+
+/// Runs a program that says nothing unless it fails.
+pub(super) fn quietly(command: &mut Command) -> Result<()> {
+    let program = command.get_program().display().to_string();
+    let out = command.output();
+    let out = out.with_context(|| format!("run {program}"))?;
+    let said = String::from_utf8_lossy(&out.stderr);
+    ensure!(out.status.success(), "{program}: {}", said.trim());
+    Ok(())
 }
 
 fn blockdev(driver: &str, file: &Path, direct: &str) -> Vec<String> {

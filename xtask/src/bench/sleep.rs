@@ -2,13 +2,17 @@
 //!
 //! A wake counts from the request at the gateway, which is all that wakes the workspace, to the
 //! first answer of its agent, by the edge; the baseline is the restore of `bench start`, to its
-//! agent's first answer. Writing memory counts from vmctl's order to the image that is kept: pages,
-//! tags, note, all durable; the baseline is the same method of the same QEMU with a plain file on the
-//! same file system, synced. A workspace's memory holds a little more than the bare VM's, so it is
-//! rates that are compared.
+//! agent's first answer, one line on a serial port. The bare wake beside it is the same work of the
+//! guest, up to the same request, without the platform around it: see [`super::wake`].
+//!
+//! Writing memory counts from vmctl's order to the image that is kept: pages, tags, note, all
+//! durable; the baseline is the same method of the same QEMU with a plain file on the same file
+//! system, synced. A workspace's memory holds a little more than the bare VM's, so it is rates that
+//! are compared.
 
 use super::bare::Bare;
 use super::platform::{Platform, allocated_mib, create, delete, exec};
+use super::wake::BareWake;
 use super::{Args, median, ms, runtime, say};
 use anyhow::{Context as _, Result};
 use cli::client::{Client, json};
@@ -95,12 +99,15 @@ fn wake(
     let path = format!("/workspace/{id}/lifecycle/idle");
     let body = json!({ "suspend_after": 86_400 });
     runtime.block_on(client.control(Method::PUT, &path, Some(&body)))?;
-    let (mut ours, mut baseline, mut slept, mut execs) = (vec![], vec![], vec![], vec![]);
+    let mut bare_wake = BareWake::asleep(platform, runtime)?;
+    let (mut ours, mut baseline, mut bare_wakes) = (vec![], vec![], vec![]);
+    let (mut slept, mut execs) = (vec![], vec![]);
     for _ in 0..args.runs {
         let began = Instant::now();
         runtime.block_on(client.post(&format!("/workspace/{id}/sleep"), &json!({})))?;
         slept.push(ms(began.elapsed()));
         baseline.push(ms(bare.restore(platform.config.host.pool_memory_mb)?));
+        bare_wakes.push(ms(bare_wake.wake(runtime)?));
         let began = Instant::now();
         let answer = async {
             let asked = client.runtime(token, Method::GET, "/health", None).await?;
@@ -119,5 +126,9 @@ fn wake(
     say("sleep", "exec_after_wake_ms", median(execs), "ms");
     say("sleep", "bare_restore_ms", baseline, "ms");
     say("sleep", "ratio_wake_vs_bare_restore", ours / baseline, "x");
+    bare_wake.explain();
+    let bare_wakes = median(bare_wakes);
+    say("sleep", "bare_wake_ms", bare_wakes, "ms");
+    say("sleep", "ratio_wake_vs_bare_wake", ours / bare_wakes, "x");
     Ok(())
 }
