@@ -14,10 +14,10 @@
 //! noted, or a wake's disk twice for one memory.
 
 use crate::check::{Cleared, Refusal};
-use crate::kms::Inner;
-use api::audit::Object;
+use crate::kms::{Call, Inner, entry, entry_text};
+use api::audit::{Object, Phase};
 use api::kms::backing_of;
-use model::Purpose;
+use model::{ObjectId, Purpose, WorkspaceId};
 
 impl Inner {
     /// What the object is called in its key's derivation; of an image, if it may be opened.
@@ -40,6 +40,28 @@ impl Inner {
             .ok_or(Refusal::Image))
     }
 
+    /// A snapshot stands, by host's word: what stood before is opened no more, which leaves an entry.
+    pub(crate) async fn snapshot_keep(
+        &self,
+        call: &Call,
+        workspace: &WorkspaceId,
+        object: &ObjectId,
+    ) -> api::Result<bool> {
+        let Some((row, _)) = self.store.workspace(workspace).await? else {
+            return Ok(true);
+        };
+        let by = "internal:host";
+        let mut e = entry("kms.snapshot_keep", Phase::Fact, &call.request_id, by);
+        e.account = Some(row.account);
+        e.subject = Some(workspace.to_string());
+        e.data.insert("object".into(), object.as_str().into());
+        let (object, told) = (object.as_str(), entry_text(&e)?);
+        self.store
+            .snapshot_keep(workspace, object, Some(&told))
+            .await?;
+        Ok(true)
+    }
+
     /// Notes what the release begins or uses up; durable before the key leaves.
     pub(crate) async fn images_note(&self, c: &Cleared) -> api::Result<Result<(), Refusal>> {
         let Object {
@@ -54,7 +76,9 @@ impl Inner {
             }
             // Whoever opens it has seen it whole.
             Some(id) if purpose.is_image() && purpose.is_by_id() => {
-                self.store.snapshot_keep(workspace, id.as_str()).await?;
+                let object = id.as_str();
+                // The release's own entry names it.
+                self.store.snapshot_keep(workspace, object, None).await?;
             }
             _ => {}
         }

@@ -169,8 +169,7 @@ impl Kms {
                 attestation,
             } => ok(&k.release(&call, &receipt, &attestation).await?),
             Op::SnapshotKeep { workspace, object } => {
-                k.store.snapshot_keep(&workspace, object.as_str()).await?;
-                ok(&true)
+                ok(&k.snapshot_keep(&call, &workspace, &object).await?)
             }
             Op::Anchor { statement } => ok(&k.anchor(&call, &statement).await?),
             Op::Destroy {

@@ -1,8 +1,9 @@
 //! The images of a workspace that may be opened: of each kind one stands, and one of a snapshot may be
 //! begun beside it.
 
-use super::{Store, number, signed};
+use super::{Store, number, outbox_add, signed};
 use crate::error::KmsError;
+use api::audit::Class;
 use model::{ObjectId, Purpose, WorkspaceId};
 
 impl Store {
@@ -75,32 +76,42 @@ impl Store {
         tx.commit().await.map_err(failed())
     }
 
-    /// The snapshot stands, and what stood before is forgotten. Of one that was not begun, and of one
-    /// that stands already, nothing is written.
+    /// The snapshot stands, and what stood before is forgotten; `told` waits for the log from then on.
+    /// Of one that was not begun, and of one that stands already, nothing is written.
     ///
     /// # Errors
-    /// The database's.
-    pub async fn snapshot_keep(&self, id: &WorkspaceId, object: &str) -> Result<(), KmsError> {
+    /// The database's, or too many entries wait already.
+    pub async fn snapshot_keep(
+        &self,
+        id: &WorkspaceId,
+        object: &str,
+        told: Option<&str>,
+    ) -> Result<(), KmsError> {
         let failed = || KmsError::store("keep snapshot");
         let [disk, memory] = [Purpose::SnapshotDisk, Purpose::SnapshotMemory].map(Purpose::label);
-        let mut tx = self.begin().await?;
-        for kept in [
-            "UPDATE image SET stands = 1
-             WHERE workspace = $1 AND purpose IN ($3, $4) AND object = $2 AND stands = 0",
-            "DELETE FROM image
-             WHERE workspace = $1 AND purpose IN ($3, $4) AND object <> $2 AND stands = 1",
-        ] {
-            let done = sqlx::query(kept)
+        let bound = |query| {
+            sqlx::query(query)
                 .bind(id.as_str())
                 .bind(object)
                 .bind(disk)
                 .bind(memory)
-                .execute(&mut *tx)
-                .await
-                .map_err(failed())?;
-            if done.rows_affected() == 0 {
-                break;
-            }
+        };
+        let mut tx = self.begin().await?;
+        let stands = bound(
+            "UPDATE image SET stands = 1
+             WHERE workspace = $1 AND purpose IN ($3, $4) AND object = $2 AND stands = 0",
+        );
+        let stands = stands.execute(&mut *tx).await.map_err(failed())?;
+        if stands.rows_affected() == 0 {
+            return Ok(());
+        }
+        let others = bound(
+            "DELETE FROM image
+             WHERE workspace = $1 AND purpose IN ($3, $4) AND object <> $2 AND stands = 1",
+        );
+        others.execute(&mut *tx).await.map_err(failed())?;
+        if let Some(told) = told {
+            outbox_add(&mut tx, Class::Host.name(), told).await?;
         }
         tx.commit().await.map_err(failed())
     }

@@ -175,6 +175,16 @@ async fn i29_only_the_last_snapshot_is_opened_as_often_as_is_asked() {
         keep(&w, &ws, 2).await;
         keep(&w, &ws, 9).await;
     }
+    // Each time that one took the other's place is in the log, however often it was said.
+    w.kms.converge().await.unwrap();
+    let kept = w.log.entries("kms.snapshot_keep");
+    let objects: Vec<_> = kept.iter().map(|(_, e)| e.data["object"].clone()).collect();
+    let named = |n| serde_json::json!(pair(&ws, n)[0].id);
+    assert_eq!(objects, [named(1), named(2)]);
+    let (class, entry) = &kept[1];
+    assert_eq!((*class, entry.phase), (Class::Host, Phase::Fact));
+    assert_eq!(entry.account, Some(me.clone()));
+    assert_eq!(entry.subject.as_deref(), Some(ws.as_str()));
     // With the key its images are forgotten.
     w.destroy(&me, &ws).await.unwrap();
     let store = crate::store::Store::open(&w.paths.state("kms").join("state.db"), false)
