@@ -132,14 +132,13 @@ fn work(p: &Platform, account: &Account, victim: &Guest<'_>, result: &str) -> (D
 
 /// Waits until the template is made, which is a VM like any while it is being made.
 fn settled(p: &Platform) {
-    let socket = p.root().join("run/casemate/warden/warden.sock");
     let until = Instant::now() + SETTLED_WITHIN;
     loop {
-        let wait = Duration::from_secs(10);
-        let op = api::warden::Op::Status;
-        let now: api::warden::Status =
-            api::rpc::blocking::call(&socket, "test", &op, wait).unwrap();
-        if !now.templates.is_empty() && now.slots.len() == 1 {
+        let now = p.warden();
+        if now
+            .as_ref()
+            .is_some_and(|s| !s.templates.is_empty() && s.slots.len() == 1)
+        {
             return;
         }
         assert!(Instant::now() < until, "no template: {now:?}");

@@ -1,6 +1,7 @@
 //! A hostile host agent: with its user, its sockets and its files it tries to get guest memory, a
 //! disk's plaintext, a key, a template written, or another workspace's identity.
 
+use crate::kill::until;
 use crate::world::{Account, Platform};
 use rustix::process::{Gid, Pid, PidfdFlags, PidfdGetfdFlags, Signal, Uid};
 use serde_json::{Value, json};
@@ -22,6 +23,8 @@ fn a_hostile_host_agent_gets_nothing() {
     p.expect_ok("write", &a.exec(&p, &owner, &["sh", "-c", &write]));
     // B's disk is attached to nothing, and its last lease is used.
     p.expect_ok("stop", &p.as_user(&other, &["ws", "stop", &b.id]));
+    // The pool's template is made meanwhile.
+    until(|| p.warden().filter(|s| !s.templates.is_empty()).map(drop));
     let before = outside(&p);
 
     let host = Host::of(&p);

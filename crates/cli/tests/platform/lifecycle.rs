@@ -428,10 +428,19 @@ fn i29_memory_that_was_woken_is_not_woken_again_from_a_copy() {
     cp(&copy, &memory);
     let host = p.daemon_pid("host").unwrap();
     let vmm = u.slot(&id).unwrap()["vmm_pid"].as_u64().unwrap();
-    let killed = std::process::Command::new("kill")
-        .args(["-9", &host.to_string(), &vmm.to_string()])
-        .status();
-    assert!(killed.unwrap().success());
+    let signal = |signal: &str, pid: u64| {
+        let kill = std::process::Command::new("kill")
+            .args([signal, &pid.to_string()])
+            .status();
+        assert!(kill.unwrap().success());
+    };
+    signal("-STOP", host);
+    signal("-9", vmm);
+    until("the VM's end", || {
+        let is_dead = |slot: &Value| slot["state"] == "dead";
+        u.slot(&id).filter(is_dead)
+    });
+    signal("-9", host);
     until("host", || p.daemon_pid("host").filter(|n| *n != host));
     let show = || {
         let shown = p.as_user(&u.account, &["--json", "ws", "show", &id]);

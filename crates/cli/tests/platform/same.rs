@@ -43,7 +43,8 @@ for m in mounts: say('mount ' + m[4], m[3], m[5], *m[m.index('-') + 1:])
 say('/proc/cmdline', *(w for w in text('/proc/cmdline').split() if not w.startswith('tsc_early_khz=')))
 for name in ('version', 'filesystems', 'devices', 'swaps', 'partitions', 'consoles'):
     say('/proc/' + name, text('/proc/' + name))
-say('modules', *sorted(l.split(' ')[0] for l in open('/proc/modules')))
+# A kernel with everything built in has none.
+if os.path.exists('/proc/modules'): say('modules', *sorted(l.split(' ')[0] for l in open('/proc/modules')))
 for name in ('limits', 'cgroup', 'oom_score_adj', 'attr/current'): say('self ' + name, text('/proc/self/' + name))
 for line in open('/proc/self/status'):
     key, value = line.strip().split(':', 1)
@@ -107,7 +108,9 @@ fn a_cold_boot_a_restored_template_and_a_pooled_vm_are_the_same_workspace() {
             }
         }
         assert!(differ.is_empty(), "{}", differ.join("\n"));
-        for (own, why) in OWN {
+        // Of Debian's kernel; the small one has not all of them.
+        let all = std::env::var_os("CASEMATE_ARTIFACTS").is_none();
+        for (own, why) in OWN.iter().filter(|_| all) {
             let there = cold.keys().any(|name| name.starts_with(own));
             assert!(
                 there,
