@@ -228,12 +228,9 @@ fn woken(
 ) -> Result<Laps, AttachError> {
     let mut laps = Laps::begin();
     let auth = service.auth();
-    let held = auth.state().seq;
     match auth.state_raise(&message.token_state) {
-        Ok(state) if state.seq > held => {
-            service.state_keep(message.token_state.clone(), state.seq);
-        }
-        Ok(_) | Err(StateError::Stale) => {}
+        Ok(state) => service.state_keep(message.token_state.clone(), state.seq),
+        Err(StateError::Stale) => {}
         Err(StateError::Invalid) => return Err(AttachError::TokenState),
     }
     laps.lap("token_state");
