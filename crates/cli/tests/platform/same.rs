@@ -108,9 +108,11 @@ fn a_cold_boot_a_restored_template_and_a_pooled_vm_are_the_same_workspace() {
             }
         }
         assert!(differ.is_empty(), "{}", differ.join("\n"));
-        // Of Debian's kernel; the small one has not all of them.
-        let all = std::env::var_os("CASEMATE_ARTIFACTS").is_none();
-        for (own, why) in OWN.iter().filter(|_| all) {
+        // Another kernel, as the small one, has not all of them.
+        if std::env::var_os("CASEMATE_ARTIFACTS").is_some() {
+            continue;
+        }
+        for (own, why) in OWN {
             let there = cold.keys().any(|name| name.starts_with(own));
             assert!(
                 there,
