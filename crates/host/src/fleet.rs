@@ -337,7 +337,7 @@ impl Fleet {
     }
 
     /// A free slot for a workspace that comes up from saved memory: `last`, where it was, if that is
-    /// free. Its guest then keeps its address, and with it its connections.
+    /// free. Its guest then keeps its address, and has nothing to change on its link.
     pub(crate) fn slot_for_memory(&self, last: Option<u16>) -> api::Result<u16> {
         self.slot_take(true, last)
     }

@@ -2,7 +2,7 @@
 //!
 //! | operation | who | before the answer |
 //! |---|---|---|
-//! | snapshot keep | host | durable in the store: it opens nothing, and forgets what stood before |
+//! | snapshot keep | host | durable in the store, with its entry in the outbox: it opens nothing, and forgets what stood before |
 //! | anchor | host | the statement's MAC, durable in the store |
 //! | key create, release | control; host | checks ([`crate::check`]), entry durable in the log |
 //! | destroy | control | entry in the log, or in the outbox while the log is down |
