@@ -313,10 +313,10 @@ fn auth(identity: &Identity, given: &str) -> Result<(Auth, bool), AttachError> {
     }
     let stored = fs::read_to_string(TOKEN_STATE).unwrap_or_default();
     let (newest, kept) = match state(&stored) {
-        Ok(held) if held.seq > new.seq => (held, true),
+        Ok(held) if held.seq > new.seq => ((held, stored), true),
         held => {
             let kept = held.is_ok_and(|h| h.seq == new.seq);
-            (new, kept)
+            ((new, given.to_owned()), kept)
         }
     };
     let (workspace, mint, gateway) = (

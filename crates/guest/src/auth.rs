@@ -69,7 +69,14 @@ pub struct Auth {
     workspace: WorkspaceId,
     mint_key: VerifyingKey,
     gateway_key: VerifyingKey,
-    state: watch::Sender<TokenState>,
+    held: watch::Sender<Held>,
+}
+
+/// The token state that counts.
+struct Held {
+    state: TokenState,
+    /// As mint signed it. It comes again with each start and wake, and need not be verified again.
+    signed: String,
 }
 
 impl Auth {
@@ -84,22 +91,23 @@ impl Auth {
         signed_state: &str,
     ) -> Result<Self, StateError> {
         let state = state_verify(&workspace, &mint_key, signed_state)?;
-        Ok(Self::of(workspace, mint_key, gateway_key, state))
+        let verified = (state, signed_state.to_owned());
+        Ok(Self::of(workspace, mint_key, gateway_key, verified))
     }
 
-    /// Starts from a token state that [`state_verify`] gave.
+    /// Starts from a token state that [`state_verify`] gave, and what it was given.
     #[must_use]
     pub fn of(
         workspace: WorkspaceId,
         mint_key: VerifyingKey,
         gateway_key: VerifyingKey,
-        verified: TokenState,
+        (state, signed): (TokenState, String),
     ) -> Self {
         Self {
             workspace,
             mint_key,
             gateway_key,
-            state: watch::Sender::new(verified),
+            held: watch::Sender::new(Held { state, signed }),
         }
     }
 
@@ -120,7 +128,7 @@ impl Auth {
             Door::Edge => self.check_gateway(token, now_s)?,
             Door::Direct => self.check_raw(token)?,
         };
-        if !self.state.borrow().enabled {
+        if !self.held.borrow().state.enabled {
             return Err(Refusal::Disabled);
         }
         Ok(grant)
@@ -132,27 +140,41 @@ impl Auth {
     /// # Errors
     /// If it is not mint's for this workspace, or older than what is held.
     pub fn state_raise(&self, signed_state: &str) -> Result<TokenState, StateError> {
+        {
+            let held = self.held.borrow();
+            if held.signed == signed_state {
+                return Ok(held.state.clone());
+            }
+        }
         let new = state_verify(&self.workspace, &self.mint_key, signed_state)?;
         let mut result = Ok(());
-        self.state.send_if_modified(|held| {
-            // A workspace that is gone stays gone.
-            let forward = new.seq > held.seq && new.epoch >= held.epoch && (new.gone || !held.gone);
-            if forward {
-                held.clone_from(&new);
-            } else if *held != new {
-                result = Err(StateError::Stale);
-            }
-            forward
-        });
+        self.held.send_if_modified(
+            |Held {
+                 state: held,
+                 signed,
+             }| {
+                // A workspace that is gone stays gone.
+                let forward =
+                    new.seq > held.seq && new.epoch >= held.epoch && (new.gone || !held.gone);
+                if forward {
+                    held.clone_from(&new);
+                    signed.clear();
+                    signed.push_str(signed_state);
+                } else if *held != new {
+                    result = Err(StateError::Stale);
+                }
+                forward
+            },
+        );
         result.map(|()| new)
     }
 
     /// Ends when `grant` no longer holds.
     pub fn revoked(&self, grant: Grant) -> impl Future<Output = ()> + Send + 'static {
-        let mut state = self.state.subscribe();
+        let mut held = self.held.subscribe();
         async move {
             // An error means that the service is gone, and every request with it.
-            let _ = state.wait_for(|state| !holds(&grant, state)).await;
+            let _ = held.wait_for(|held| !holds(&grant, &held.state)).await;
         }
     }
 
@@ -165,7 +187,7 @@ impl Auth {
     /// The token state now.
     #[must_use]
     pub fn state(&self) -> TokenState {
-        self.state.borrow().clone()
+        self.held.borrow().state.clone()
     }
 
     fn check_gateway(&self, token: &str, now_s: i64) -> Result<Grant, Refusal> {
@@ -175,7 +197,7 @@ impl Auth {
                 JwtError::Expired => Refusal::Expired,
                 JwtError::Invalid(_) => Refusal::Unauthorized,
             })?;
-        let state = self.state.borrow();
+        let state = &self.held.borrow().state;
         let ours = claims.iss == "casemate" && claims.sub == state.account.as_str();
         if !ours || claims.epoch < state.epoch || state.gone {
             return Err(Refusal::Unauthorized);
@@ -187,7 +209,7 @@ impl Auth {
 
     fn check_raw(&self, token: &str) -> Result<Grant, Refusal> {
         let hash = hex::encode(seal::hash::sha256(token.as_bytes()));
-        let state = self.state.borrow();
+        let state = &self.held.borrow().state;
         let equal = seal::hash::ct_eq(hash.as_bytes(), state.raw_hash.as_bytes());
         if !equal || state.gone {
             return Err(Refusal::Unauthorized);
