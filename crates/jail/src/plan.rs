@@ -626,17 +626,24 @@ fn mkfs(file: OwnedFd) -> Step<Jail> {
         jail.bind(conf, "/etc/mke2fs.conf");
     }
     jail.bind_write(file, "/volume");
-    // The file is a hole: without `assume_storage_prezeroed` (e2fsprogs 1.47) each guest would write
-    // zeros over its inode tables, 16 MiB a GiB, in its first minutes.
-    let argv = "mke2fs -q -F -t ext4 -b 4096 -m 0 -I 256 -J size=16 -L workspace \
-                -E lazy_itable_init=1,lazy_journal_init=1,nodiscard,assume_storage_prezeroed=1";
-    let resize = format!(",resize={GROW_MAX_BLOCKS}");
-    jail.plan.argv = argv.split_whitespace().map(String::from).collect();
-    if let Some(options) = jail.plan.argv.last_mut() {
-        options.push_str(&resize);
-    }
+    jail.plan.argv = mke2fs("");
     jail.plan.argv.push("/volume".into());
     Ok(jail)
+}
+
+/// `mke2fs` and what it is told of a workspace's file system, but for the file. `extended` is said
+/// too, with a comma in front of each.
+#[must_use]
+pub fn mke2fs(extended: &str) -> Vec<String> {
+    let words = "mke2fs -q -F -t ext4 -b 4096 -m 0 -I 256 -J size=16 -L workspace -E";
+    // The file is a hole: without `assume_storage_prezeroed` (e2fsprogs 1.47) each guest would write
+    // zeros over its inode tables, 16 MiB a GiB, in its first minutes.
+    let options = format!(
+        "lazy_itable_init=1,lazy_journal_init=1,nodiscard,assume_storage_prezeroed=1,\
+         resize={GROW_MAX_BLOCKS}{extended}"
+    );
+    let words = words.split_whitespace().map(String::from);
+    words.chain([options]).collect()
 }
 
 /// Bounds of all that a slot runs: what a guest makes its disk and its vmctl compute is the guest's

@@ -25,7 +25,7 @@ use jail::{channel, mount, open_beneath, small};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{Gid, OFlags, Uid};
 use rustix::process::PidfdGetfdFlags;
-use std::path::PathBuf;
+use std::path::Path;
 use std::time::Duration;
 
 /// Size of the file, bytes; state; note.
@@ -244,23 +244,19 @@ fn out_of_turn() -> Error {
     Error::internal("the disk process spoke out of turn")
 }
 
-/// The empty file system of `mb` MiB that new volumes are filled from: shipped in the first
-/// directory, or made in the second, once per size.
+/// The empty file system of `mb` MiB that new volumes are filled from; made in `dir` once per size.
 ///
 /// # Errors
 /// mkfs's step that failed.
-pub fn ext4(launcher: &Launcher, dirs: &[PathBuf; 2], mb: u32) -> Result<OwnedFd> {
+pub fn ext4(launcher: &Launcher, dir: &Path, mb: u32) -> Result<OwnedFd> {
     let name = format!("{mb}.img");
-    for dir in dirs {
-        if let Ok(file) = open_beneath(dir, &name, OFlags::RDONLY, 0) {
-            return Ok(file);
-        }
+    if let Ok(file) = open_beneath(dir, &name, OFlags::RDONLY, 0) {
+        return Ok(file);
     }
-    let made = &dirs[1];
     // A name of its own per thread: two starts may want the same size at once.
     let temp = format!("{mb}.{}.tmp", rustix::thread::gettid().as_raw_nonzero());
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::TRUNC;
-    let file = open_beneath(made, &temp, flags, 0o600).at("make", &temp)?;
+    let file = open_beneath(dir, &temp, flags, 0o600).at("make", &temp)?;
     let uid = MKFS_UID;
     rustix::fs::fchown(&file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(uid)))
         .at("own", &temp)?;
@@ -268,19 +264,19 @@ pub fn ext4(launcher: &Launcher, dirs: &[PathBuf; 2], mb: u32) -> Result<OwnedFd
     let format = || {
         mkfs(
             launcher,
-            open_beneath(made, &temp, OFlags::PATH, 0).at("open", &temp)?,
+            open_beneath(dir, &temp, OFlags::PATH, 0).at("open", &temp)?,
         )?;
         rustix::fs::fchown(&file, Some(Uid::ROOT), Some(Gid::ROOT)).at("own", &temp)?;
         rustix::fs::fchmod(&file, rustix::fs::Mode::from_raw_mode(0o444))
             .at("make read-only", &temp)?;
         rustix::fs::fsync(&file).at("sync", &temp)?;
-        std::fs::rename(made.join(&temp), made.join(&name)).at("keep", &name)
+        std::fs::rename(dir.join(&temp), dir.join(&name)).at("keep", &name)
     };
     if let Err(e) = format() {
-        small::remove(&made.join(&temp))?;
+        small::remove(&dir.join(&temp))?;
         return Err(e);
     }
-    open_beneath(made, &name, OFlags::RDONLY, 0).at("open", &name)
+    open_beneath(dir, &name, OFlags::RDONLY, 0).at("open", &name)
 }
 
 /// Makes an empty ext4 in `file`, in a jail.

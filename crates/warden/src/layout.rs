@@ -84,6 +84,12 @@ impl Layout {
         self.lib.join("artifacts")
     }
 
+    /// Empty file systems that new volumes are filled from.
+    #[must_use]
+    pub fn ext4(&self) -> PathBuf {
+        self.state().join("ext4")
+    }
+
     /// Makes warden's own directories.
     ///
     /// # Errors
@@ -99,7 +105,7 @@ impl Layout {
             (self.state().join("slots"), 0o700),
             (self.state().join("templates"), 0o700),
             (self.state().join("build"), 0o700),
-            (self.state().join("ext4"), 0o700),
+            (self.ext4(), 0o700),
         ] {
             make_dir(&dir, mode)?;
         }

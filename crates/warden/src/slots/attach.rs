@@ -145,9 +145,8 @@ impl Warden {
                 vec![image.volume, image.sidecar]
             }
             None if files.fresh => {
-                let layout = &self.config.layout;
-                let dirs = [layout.artifacts(), layout.state()].map(|d| d.join("ext4"));
-                vec![serving::ext4(&self.launcher, &dirs, size_mb)?]
+                let dir = self.config.layout.ext4();
+                vec![serving::ext4(&self.launcher, &dir, size_mb)?]
             }
             None => vec![],
         };

@@ -68,6 +68,14 @@ impl Warden {
                 }
             }
         }
+        // Another version may have made these otherwise.
+        let prepared = self.config.layout.ext4();
+        for entry in std::fs::read_dir(&prepared)
+            .at("read", prepared.display())?
+            .flatten()
+        {
+            remove(&entry.path())?;
+        }
         lock(&self.volumes).sweep_new()
     }
 
