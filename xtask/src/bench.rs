@@ -8,7 +8,7 @@
 //! |---|---|---|
 //! | start | `POST /workspace` to the first result of an exec | QEMU alone: restore to the agent's first answer; cold boot to its `booted` |
 //! | exec | `true`, by the gateway | the same call of the agent, past the edge |
-//! | disk | 1 MiB direct writes and reads by `dd` in a workspace | the same `dd` on ext4 in QEMU alone, over its LUKS driver and over a plain file |
+//! | disk | direct writes, reads and random reads by one program in a workspace | the same program on ext4 in QEMU alone: over its LUKS driver, over a plain file, over the disk process's way without cipher and tags |
 //! | sleep | a request that wakes a workspace, to its agent's answer; memory, written and encrypted | QEMU alone: the same restore; the same work of the guest after a wake; the same memory to a plain file |
 //! | fork | snapshot, fork, opening, first exec; 16 forks at once | the same restore |
 //! | density | memory of 16 workspaces, without the VMMs' | none |

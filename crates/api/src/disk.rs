@@ -10,7 +10,8 @@ use serde::{Deserialize, Serialize};
 #[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 pub enum ToDisk {
     /// The volume, and how fast it may be. With this come, in this order, its backing file, its
-    /// sidecar and what a new volume is filled from: a template, or volume and sidecar of a
+    /// sidecar and, of a disk, the backing file once more, opened with `O_DIRECT` where there is
+    /// that, and what a new volume is filled from: a template, or volume and sidecar of a
     /// snapshot's disk (SCM_RIGHTS). No answer.
     Open {
         /// What it is.

@@ -11,11 +11,11 @@ use std::error::Error;
 use std::fs::File;
 use std::io::{self, Read as _};
 use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::sync::Arc;
 
-use disk::backing::{Backing, next_data, next_hole};
+use disk::backing::{Backing, DataFile, next_data, next_hole};
 use disk::bucket::Limiter;
 use disk::fuse::{Content, Serving, Worker};
 use disk::limits::{BYTES_PER_S, DATA_OFFSET_BYTES, OPS_PER_S, REQUEST_MAX_BYTES, WORKERS};
@@ -36,15 +36,20 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut options = File::options();
     options.read(true).write(true).create(true).truncate(true);
     let tags = format!("{backing}.tags");
-    let backing = options.open(backing)?;
+    let file = options.open(backing)?;
+    let direct = File::options()
+        .write(true)
+        .custom_flags(libc::O_DIRECT)
+        .open(backing)?;
+    let backing = DataFile::new(file, Some(direct));
+    backing.set_len(DATA_OFFSET_BYTES + size_bytes)?;
     match kind.as_str() {
         "encrypted" => {
-            backing.set_len(DATA_OFFSET_BYTES + size_bytes)?;
             let keys = || Keys::derive(&[7; 32]);
             let sectors = size_bytes / 4096;
-            Sidecar::create(options.open(&tags)?, keys()?, sectors, 1)?.finish(&backing)?;
+            Sidecar::create(options.open(&tags)?.into(), keys()?, sectors, 1)?.finish(&backing)?;
             let tags = File::options().read(true).write(true).open(tags)?;
-            let sidecar = Sidecar::open(tags, &backing, keys()?, sectors, 2, None)?;
+            let sidecar = Sidecar::open(tags.into(), &backing, keys()?, sectors, 2, None)?;
             let key = VolumeKey::random();
             let volume = Volume::with_sidecar(backing, sidecar, &key, size_bytes)?;
             let draining = volume.clone();
@@ -52,7 +57,6 @@ fn main() -> Result<(), Box<dyn Error>> {
             serve(&from, Path::new(at), || Encrypted(volume.clone()))
         }
         "plain" => {
-            backing.set_len(DATA_OFFSET_BYTES + size_bytes)?;
             let backing = Arc::new(backing);
             let plain = || Plain(Arc::clone(&backing), size_bytes);
             serve(&from, Path::new(at), plain)
@@ -122,7 +126,7 @@ fn within(size_bytes: u64, offset: u64, len: usize) -> usize {
 }
 
 /// A volume as it is.
-struct Encrypted(Volume<File>);
+struct Encrypted(Volume<DataFile>);
 
 impl Content for Encrypted {
     fn size_bytes(&self) -> u64 {
@@ -148,7 +152,7 @@ impl Content for Encrypted {
 }
 
 /// The same file at the same place without a cipher, locks or holes: the least there can be.
-struct Plain(Arc<File>, u64);
+struct Plain(Arc<DataFile>, u64);
 
 impl Content for Plain {
     fn size_bytes(&self) -> u64 {

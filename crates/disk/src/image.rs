@@ -5,12 +5,10 @@
 //! Copies go through the cipher: what is read under one key is written under the other, sector by
 //! sector, and never in clear to any file.
 
-use std::fs::File;
-
 use seal::Zeroize;
 
 use crate::DiskError;
-use crate::backing::{Backing, next_data, next_hole};
+use crate::backing::{Backing, DataFile, next_data, next_hole};
 use crate::format::write_non_zero;
 use crate::grant::Grant;
 use crate::limits::{
@@ -118,7 +116,7 @@ pub enum Way {
 ///
 /// # Errors
 /// [`DiskError::Size`] if they don't fit; the volumes'.
-pub fn copy(from: &Volume<File>, to: &Volume<File>, way: Way) -> Result<(), DiskError> {
+pub fn copy(from: &Volume<DataFile>, to: &Volume<DataFile>, way: Way) -> Result<(), DiskError> {
     let (skip, shift) = match way {
         Way::ToImage => (0, NOTE_AREA_BYTES),
         Way::FromImage => (NOTE_AREA_BYTES, 0),
@@ -129,7 +127,7 @@ pub fn copy(from: &Volume<File>, to: &Volume<File>, way: Way) -> Result<(), Disk
         });
     }
     let reading = "reading the disk to copy";
-    let file = from.backing();
+    let file = from.backing().file();
     let end_of_all = DATA_OFFSET_BYTES + from.size_bytes();
     let mut buf = vec![0; REQUEST_MAX_BYTES];
     let mut at = DATA_OFFSET_BYTES + skip;
@@ -164,9 +162,9 @@ mod tests {
     use super::*;
     use crate::luks2::VolumeKey;
 
-    fn volume(mib: u64) -> Volume<File> {
+    fn volume(mib: u64) -> Volume<DataFile> {
         let file = tempfile::tempfile().unwrap();
-        Volume::new(file, &VolumeKey::random(), mib << 20).unwrap()
+        Volume::new(file.into(), &VolumeKey::random(), mib << 20).unwrap()
     }
 
     #[test]
@@ -192,20 +190,24 @@ mod tests {
         copy(&disk, &image, Way::ToImage).unwrap();
         note_write(&image, "n").unwrap();
         copy(&image, &again, Way::FromImage).unwrap();
-        let whole = |v: &Volume<File>| {
+        let whole = |v: &Volume<DataFile>| {
             let mut all = vec![0; 64 << 20];
             v.read(0, &mut all).unwrap();
             all
         };
         assert!(whole(&disk) == whole(&again));
-        let allocated = |v: &Volume<File>| {
-            std::os::unix::fs::MetadataExt::blocks(&v.backing().metadata().unwrap()) * 512
+        let allocated = |v: &Volume<DataFile>| {
+            std::os::unix::fs::MetadataExt::blocks(&v.backing().file().metadata().unwrap()) * 512
         };
         assert!(allocated(&again) <= 3 * 4096, "{}", allocated(&again));
-        let sector = |v: &Volume<File>| {
+        let sector = |v: &Volume<DataFile>| {
             let mut raw = [0; SECTOR_BYTES];
-            std::os::unix::fs::FileExt::read_exact_at(v.backing(), &mut raw, DATA_OFFSET_BYTES)
-                .unwrap();
+            std::os::unix::fs::FileExt::read_exact_at(
+                v.backing().file(),
+                &mut raw,
+                DATA_OFFSET_BYTES,
+            )
+            .unwrap();
             raw
         };
         assert_ne!(sector(&disk), sector(&again));
@@ -218,8 +220,8 @@ mod tests {
     }
 
     /// A disk with tags, of `mib`.
-    fn tagged(mib: u64) -> Volume<File> {
-        let [file, tags] = [0; 2].map(|_| tempfile::tempfile().unwrap());
+    fn tagged(mib: u64) -> Volume<DataFile> {
+        let [file, tags] = [0; 2].map(|_| tempfile::tempfile().unwrap().into());
         let text = crate::grant::tests::sample().replace("0a0a", "0a0b");
         let grant = Grant::parse(text.as_bytes()).unwrap();
         let grant = Grant {

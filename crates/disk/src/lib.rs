@@ -21,7 +21,7 @@
 //!
 //! Must never: open a path or a socket, hold a key outside secret memory, write plaintext or the
 //! identity to the backing file, answer a flush before the data is durable, say a secret.
-#![allow(unsafe_code)] // Inherited descriptors and FUSE_DEV_IOC_CLONE.
+#![allow(unsafe_code)] // Inherited descriptors, FUSE_DEV_IOC_CLONE, aligned sectors.
 
 pub mod backing;
 pub mod bench;

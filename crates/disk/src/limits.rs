@@ -64,6 +64,10 @@ pub const BACKGROUND_MAX: u16 = 64;
 /// has little left to wait for, and one workspace holds little of the host's unwritten memory.
 pub const WRITE_OUT_BYTES: u64 = 4 << 20;
 
+/// The shortest run of sectors that is written past the page cache, bytes: a shorter one is not worth a
+/// wait for the device.
+pub const DIRECT_MIN_BYTES: usize = 128 << 10;
+
 /// How much of a second a rate limit may be ahead, ns. At most one second (DSK-5).
 pub const BURST_NS: u64 = 100_000_000;
 /// Allowed limits of bandwidth, bytes/s.
@@ -108,10 +112,12 @@ pub const FUSE_CLONE_FD: i32 = 5;
 pub const BACKING_FD: i32 = 6;
 /// The sidecar.
 pub const TAGS_FD: i32 = 7;
+/// A disk's backing file once more, opened with `O_DIRECT`, where there is that. An image has none.
+pub const DIRECT_FD: i32 = 8;
 /// What a new volume is filled from: a template, or the volume of an image. Later, the volume of
 /// the image that the disk is copied to. May be absent.
-pub const BESIDE_FD: i32 = 8;
+pub const BESIDE_FD: i32 = 9;
 /// That image's sidecar.
-pub const BESIDE_TAGS_FD: i32 = 9;
+pub const BESIDE_TAGS_FD: i32 = 10;
 /// Most descriptors that come with one message.
-pub const SENT_FDS_MAX: usize = 4;
+pub const SENT_FDS_MAX: usize = 5;

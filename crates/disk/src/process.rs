@@ -20,6 +20,7 @@ use seal::hpke::SecretKey;
 use seal::secret::{harden_process, install_secret_heap};
 
 use crate::DiskError;
+use crate::backing::DataFile;
 use crate::bucket::Limiter;
 use crate::control::Control;
 use crate::format::{self, open_or_format};
@@ -29,8 +30,8 @@ use crate::identity::Identity;
 use crate::image::{self, Way};
 use crate::late::Late;
 use crate::limits::{
-    BACKING_FD, BESIDE_FD, BESIDE_TAGS_FD, BYTES_PER_S, CONTROL_FD, FUSE_CLONE_FD, FUSE_FD,
-    NOTE_AREA_BYTES, OPS_PER_S, SECRET_HEAP_BYTES, TAGS_FD, VOLUME_MAX_MB, WORKERS,
+    BACKING_FD, BESIDE_FD, BESIDE_TAGS_FD, BYTES_PER_S, CONTROL_FD, DIRECT_FD, FUSE_CLONE_FD,
+    FUSE_FD, NOTE_AREA_BYTES, OPS_PER_S, SECRET_HEAP_BYTES, TAGS_FD, VOLUME_MAX_MB, WORKERS,
 };
 use crate::object::Object;
 use crate::sandbox;
@@ -101,7 +102,7 @@ fn confined(
     let control = &teller.control;
     let limiter = Limiter::new(*BYTES_PER_S.end(), *OPS_PER_S.end());
     let serving = Arc::new(Serving::new(arguments.uid, limiter));
-    let content = Late::<Object<File>>::default();
+    let content = Late::<Object<DataFile>>::default();
     for device in fuse {
         let serving = Arc::clone(&serving);
         start_worker(device, content.clone(), serving, Arc::clone(teller))?;
@@ -164,7 +165,7 @@ struct Teller {
 }
 
 impl Teller {
-    fn anchor(&self, object: &Object<File>) -> Result<(), DiskError> {
+    fn anchor(&self, object: &Object<DataFile>) -> Result<(), DiskError> {
         let report = object
             .volume()
             .anchor()
@@ -180,7 +181,7 @@ impl Teller {
     }
 
     /// Shuts the gate, makes all durable and says how far that is.
-    fn end(&self, serving: &Serving, object: &Object<File>) -> Result<(), DiskError> {
+    fn end(&self, serving: &Serving, object: &Object<DataFile>) -> Result<(), DiskError> {
         if object.is_saved() {
             // Nothing was written; but reads may have been refused.
             return self.anchor(object);
@@ -199,7 +200,7 @@ fn open(
     opened: &Opened,
     teller: &Teller,
     key: &SecretKey,
-) -> Result<(Object<File>, Option<String>), DiskError> {
+) -> Result<(Object<DataFile>, Option<String>), DiskError> {
     let grant = Grant::parse(&opened.grant)?;
     let is_image = matches!(
         grant.purpose,
@@ -229,7 +230,7 @@ fn open(
     // A copy takes the place of the disk that the anchor is of: it is new under a later start.
     let anchor = grant.anchor.clone().filter(|_| from.is_none());
     let grant = Grant { anchor, ..grant };
-    let (backing, tags) = (files.backing, files.tags);
+    let (backing, tags) = (files.backing, DataFile::from(files.tags));
     let (volume, note) = match (files.content, from) {
         // None before it is closed: whoever writes it keeps it then, or not at all.
         (Content::Saving, _) => {
@@ -275,7 +276,7 @@ fn image_open(
     tags: File,
     sealed: &Sealed,
     key: &SecretKey,
-) -> Result<(Volume<File>, String), DiskError> {
+) -> Result<(Volume<DataFile>, String), DiskError> {
     let text = grant::open(key, &sealed.sealed, &sealed.aad)?;
     let grant = Grant::parse(&text)?;
     if grant.purpose != Purpose::SnapshotDisk {
@@ -283,12 +284,12 @@ fn image_open(
             why: "what the disk is filled from is no snapshot's disk",
         });
     }
-    image::open(volume, tags, &grant)
+    image::open(volume.into(), tags.into(), &grant)
 }
 
 /// Copies the disk, whose VM stands still, to the image in `files`.
 fn copy_out(
-    disk: &Volume<File>,
+    disk: &Volume<DataFile>,
     files: Vec<OwnedFd>,
     grant: &[u8],
     note: &str,
@@ -312,10 +313,10 @@ fn copy_out(
         image::copy(disk, image, Way::ToImage)?;
         image::note_write(image, note)
     };
-    format::create(volume, Some(tags), &grant, size_bytes, copy).map(drop)
+    format::create(volume.into(), Some(tags.into()), &grant, size_bytes, copy).map(drop)
 }
 
-fn state(volume: &Volume<File>) -> Anchor {
+fn state(volume: &Volume<DataFile>) -> Anchor {
     let report = volume.report();
     Anchor {
         run: report.generation.run,
@@ -327,7 +328,7 @@ fn state(volume: &Volume<File>) -> Anchor {
 /// What warden sent for the workspace that this process is to serve.
 struct Files {
     content: Content,
-    backing: File,
+    backing: DataFile,
     tags: File,
     beside: Beside,
     size_mb: u32,
@@ -361,9 +362,13 @@ fn receive_files(control: &Control) -> Result<Option<Files>, DiskError> {
     };
     // The sandbox knows files by these numbers.
     let numbers: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
-    let all = [BACKING_FD, TAGS_FD, BESIDE_FD, BESIDE_TAGS_FD];
-    if !(2..=4).contains(&numbers.len()) || numbers[..] != all[..numbers.len()] {
-        return wrong("files", "must be two to four");
+    let all = [BACKING_FD, TAGS_FD, DIRECT_FD, BESIDE_FD, BESIDE_TAGS_FD];
+    let (count, why) = match content {
+        Content::Disk => (3..=5, "must be three to five, of a disk"),
+        Content::Saving | Content::Saved => (2..=2, "must be two, of memory"),
+    };
+    if !count.contains(&numbers.len()) || numbers[..] != all[..numbers.len()] {
+        return wrong("files", why);
     }
     if !(1..=VOLUME_MAX_MB).contains(&size_mb) {
         return wrong("size_mb", "out of bounds");
@@ -378,14 +383,12 @@ fn receive_files(control: &Control) -> Result<Option<Files>, DiskError> {
     let (Some(backing), Some(tags)) = (fds.next(), fds.next()) else {
         return wrong("files", "none");
     };
+    let backing = DataFile::new(backing, fds.next());
     let beside = match (fds.next(), fds.next()) {
         (None, _) => Beside::Nothing,
         (Some(template), None) => Beside::Template(template),
         (Some(volume), Some(tags)) => Beside::Image(volume, tags),
     };
-    if content != Content::Disk && !matches!(beside, Beside::Nothing) {
-        return wrong("files", "memory is filled from nothing");
-    }
     Ok(Some(Files {
         content,
         backing,
@@ -432,7 +435,7 @@ fn receive_grant(control: &Control, key: &SecretKey) -> Result<Option<Opened>, D
 /// Starts a thread that serves.
 fn start_worker(
     device: Arc<File>,
-    content: Late<Object<File>>,
+    content: Late<Object<DataFile>>,
     serving: Arc<Serving>,
     teller: Arc<Teller>,
 ) -> Result<(), DiskError> {
@@ -443,8 +446,8 @@ fn start_worker(
 }
 
 /// Starts the thread that brings a volume's batches to its files; the volume comes later.
-fn start_drainer() -> Result<mpsc::Sender<Volume<File>>, DiskError> {
-    let (sender, volumes) = mpsc::channel::<Volume<File>>();
+fn start_drainer() -> Result<mpsc::Sender<Volume<DataFile>>, DiskError> {
+    let (sender, volumes) = mpsc::channel::<Volume<DataFile>>();
     start_confined("drain", move || {
         if let Ok(volume) = volumes.recv() {
             volume.drain_as_due();
@@ -476,8 +479,8 @@ fn start_confined(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()
 
 /// Serves until the mount is gone; then there is nothing left to do for the whole process.
 fn serve(
-    mut worker: Worker<Late<Object<File>>>,
-    content: &Late<Object<File>>,
+    mut worker: Worker<Late<Object<DataFile>>>,
+    content: &Late<Object<DataFile>>,
     serving: &Serving,
     teller: &Teller,
 ) {

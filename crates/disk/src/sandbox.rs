@@ -18,7 +18,8 @@ use seccompiler::{
 
 use crate::DiskError;
 use crate::limits::{
-    BACKING_FD, BESIDE_FD, BESIDE_TAGS_FD, CONTROL_FD, FUSE_CLONE_FD, FUSE_FD, STDERR_FD, TAGS_FD,
+    BACKING_FD, BESIDE_FD, BESIDE_TAGS_FD, CONTROL_FD, DIRECT_FD, FUSE_CLONE_FD, FUSE_FD,
+    STDERR_FD, TAGS_FD,
 };
 
 /// The oldest Landlock that has all rights and scopes that are closed here (Linux 6.12).
@@ -82,6 +83,8 @@ enum When {
 const FILES: &[i32] = &[BACKING_FD, TAGS_FD, BESIDE_FD, BESIDE_TAGS_FD];
 /// Those that hold ciphertext.
 const VOLUMES: &[i32] = &[BACKING_FD, BESIDE_FD];
+/// Those that are written: the disk's volume in two ways.
+const WRITTEN: &[i32] = &[BACKING_FD, TAGS_FD, DIRECT_FD, BESIDE_FD, BESIDE_TAGS_FD];
 
 /// Each call with its reason.
 const ALLOWED: &[(libc::c_long, When)] = &[
@@ -91,7 +94,7 @@ const ALLOWED: &[(libc::c_long, When)] = &[
     // Ciphertext and tags: the object's, and those of one beside it that it is filled from or copied
     // to (the first may also be a template).
     (libc::SYS_pread64, When::Fd(FILES)),
-    (libc::SYS_pwrite64, When::Fd(FILES)),
+    (libc::SYS_pwrite64, When::Fd(WRITTEN)),
     (libc::SYS_fallocate, When::Fd(VOLUMES)),       // Holes.
     (libc::SYS_ftruncate, When::Fd(FILES)),         // New, or larger.
     (libc::SYS_sync_file_range, When::Fd(VOLUMES)), // Written data begins to go out.

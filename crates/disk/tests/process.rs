@@ -297,7 +297,7 @@ fn it_serves_inside_its_sandbox() {
         .map(|fd| fd.unwrap().file_name().into_string().unwrap())
         .collect();
     open.sort();
-    assert_eq!(open, ["0", "1", "2", "3", "4", "5", "6", "7"]);
+    assert_eq!(open, ["0", "1", "2", "3", "4", "5", "6", "7", "8"]);
     disk.close();
 }
 

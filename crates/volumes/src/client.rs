@@ -9,7 +9,7 @@ use jail::fault::{At, Result, log};
 use jail::limits::KILL_WAIT;
 use jail::process::{Handle, Launcher, readable};
 use model::WorkspaceId;
-use rustix::fd::{AsFd as _, OwnedFd};
+use rustix::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use rustix::fs::{Mode, OFlags};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -38,6 +38,25 @@ pub struct Opened {
     pub sidecar: OwnedFd,
     /// Both are empty.
     pub fresh: bool,
+}
+
+impl Opened {
+    /// The volume once more, to be written past the host's page cache; where its file system has no
+    /// such way, by the same.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn direct(&self) -> Result<OwnedFd> {
+        // The kernel's link to the open file: no name of its directory is looked at.
+        let path = format!("/proc/self/fd/{}", self.volume.as_raw_fd());
+        let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+        let open = |flags| rustix::fs::open(&path, flags, Mode::empty());
+        match open(flags | OFlags::DIRECT) {
+            Err(rustix::io::Errno::INVAL) => open(flags),
+            opened => opened,
+        }
+        .at("open once more", "the volume")
+    }
 }
 
 impl Client {

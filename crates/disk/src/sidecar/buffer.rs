@@ -12,8 +12,13 @@ use crate::limits::SECTOR_BYTES;
 pub(super) struct Buffer {
     slots: HashMap<u64, usize>,
     entries: Vec<(u64, Tag)>,
-    data: Vec<u8>,
+    data: Vec<Sector>,
 }
+
+/// A sector's bytes, where direct I/O takes them from.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(4096))]
+struct Sector([u8; SECTOR_BYTES]);
 
 impl Buffer {
     /// How many sectors there are.
@@ -27,23 +32,22 @@ impl Buffer {
     }
 
     /// Keeps a sector, in place of what was kept of it.
-    pub(super) fn put(&mut self, sector: u64, tag: Tag, data: &[u8]) {
-        assert_eq!(data.len(), SECTOR_BYTES);
+    pub(super) fn put(&mut self, sector: u64, tag: Tag, data: &[u8; SECTOR_BYTES]) {
         let next = self.entries.len();
         let slot = *self.slots.entry(sector).or_insert(next);
         if slot == next {
             self.entries.push((sector, tag));
-            self.data.extend_from_slice(data);
+            self.data.push(Sector(*data));
         } else {
             self.entries[slot].1 = tag;
-            self.data[slot * SECTOR_BYTES..][..SECTOR_BYTES].copy_from_slice(data);
+            self.data[slot].0 = *data;
         }
     }
 
     /// A sector's ciphertext, if it is here.
-    pub(super) fn get(&self, sector: u64) -> Option<&[u8]> {
+    pub(super) fn get(&self, sector: u64) -> Option<&[u8; SECTOR_BYTES]> {
         let slot = *self.slots.get(&sector)?;
-        Some(&self.data[slot * SECTOR_BYTES..][..SECTOR_BYTES])
+        Some(&self.data[slot].0)
     }
 
     /// Sectors and tags.
@@ -53,7 +57,7 @@ impl Buffer {
 
     /// Their ciphertext, in the order of the entries.
     pub(super) fn data(&self) -> &[u8] {
-        &self.data
+        bytes(&self.data)
     }
 
     /// Writes all of it to its place.
@@ -73,8 +77,7 @@ impl Buffer {
                     **slot == first + n && self.entries[**slot].0 == sector + *n as u64
                 })
                 .count();
-            let data = &self.data[first * SECTOR_BYTES..(first + run) * SECTOR_BYTES];
-            file.write_at(place(sector), data)?;
+            file.write_at(place(sector), bytes(&self.data[first..first + run]))?;
             rest = &rest[run..];
         }
         Ok(())
@@ -85,6 +88,15 @@ impl Buffer {
         self.slots.clear();
         self.entries.clear();
         self.data.clear();
-        self.data.shrink_to(keep_bytes);
+        self.data.shrink_to(keep_bytes / SECTOR_BYTES);
     }
 }
+
+/// Sectors as what they are in the file.
+fn bytes(sectors: &[Sector]) -> &[u8] {
+    // SAFETY: a `Sector` is 4096 bytes and nothing between them, all of them initialised; the slice
+    // lives as long as what it was made of.
+    unsafe { std::slice::from_raw_parts(sectors.as_ptr().cast(), size_of_val(sectors)) }
+}
+
+const _: () = assert!(size_of::<Sector>() == SECTOR_BYTES && align_of::<Sector>() == SECTOR_BYTES);

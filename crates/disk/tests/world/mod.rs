@@ -179,12 +179,18 @@ impl Disk {
             ops_per_s: plan.ops_per_s,
         })
         .unwrap();
-        let files: Vec<_> = [Some(&backing.volume), Some(&backing.tags), template]
-            .into_iter()
-            .flatten()
-            .map(AsFd::as_fd)
-            .collect();
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
+        let direct = direct(&backing.volume);
+        let files: Vec<_> = [
+            Some(&backing.volume),
+            Some(&backing.tags),
+            Some(&direct),
+            template,
+        ]
+        .into_iter()
+        .flatten()
+        .map(AsFd::as_fd)
+        .collect();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
         let mut with = SendAncillaryBuffer::new(&mut space);
         assert!(with.push(SendAncillaryMessage::ScmRights(&files)));
         let (to, text) = (self.control(), [IoSlice::new(&text)]);
@@ -242,6 +248,14 @@ impl Drop for Disk {
         let _gone_already = self.child.kill();
         let _status = self.child.wait();
     }
+}
+
+/// The same file, past the page cache.
+pub fn direct(file: &File) -> File {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let mut options = File::options();
+    options.write(true).custom_flags(libc::O_DIRECT);
+    options.open(path).unwrap()
 }
 
 pub fn wait(child: &mut Child) -> std::process::ExitStatus {

@@ -151,7 +151,8 @@ impl Warden {
             None => vec![],
         };
         let disk = s.disk.as_mut().ok_or_else(gone)?;
-        let mut given = vec![files.volume.as_fd(), files.sidecar.as_fd()];
+        let direct = files.direct()?;
+        let mut given = vec![files.volume.as_fd(), files.sidecar.as_fd(), direct.as_fd()];
         given.extend(beside.iter().map(AsFd::as_fd));
         let open = ToDisk::Open {
             content: Content::Disk,
