@@ -244,12 +244,27 @@ fn out_of_turn() -> Error {
     Error::internal("the disk process spoke out of turn")
 }
 
-/// The empty file system of `mb` MiB that new volumes are filled from; made in `dir` once per size.
+/// Where in warden's state the empty file systems are that new volumes are filled from.
+pub const EXT4: &str = "ext4";
+
+/// Removes all of them: another version may have made them otherwise. Whoever has one open keeps it.
+///
+/// # Errors
+/// The directory's.
+pub fn ext4_forget(state: &Path) -> Result {
+    let dir = state.join(EXT4);
+    for entry in std::fs::read_dir(&dir).at("read", dir.display())?.flatten() {
+        small::remove(&entry.path())?;
+    }
+    Ok(())
+}
+
+/// The one of `mb` MiB; made once per size.
 ///
 /// # Errors
 /// mkfs's step that failed.
-pub fn ext4(launcher: &Launcher, dir: &Path, mb: u32) -> Result<OwnedFd> {
-    let name = format!("{mb}.img");
+pub fn ext4(launcher: &Launcher, state: &Path, mb: u32) -> Result<OwnedFd> {
+    let (dir, name) = (&state.join(EXT4), format!("{mb}.img"));
     if let Ok(file) = open_beneath(dir, &name, OFlags::RDONLY, 0) {
         return Ok(file);
     }

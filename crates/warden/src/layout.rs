@@ -9,6 +9,7 @@ use rustix::fs::{Gid, OFlags, Uid};
 use std::path::{Path, PathBuf};
 use vmm::driver::Found;
 pub use volumes::digests::Digests;
+use volumes::serving::EXT4;
 
 /// The directories of one installation.
 #[derive(Debug, Clone)]
@@ -84,12 +85,6 @@ impl Layout {
         self.lib.join("artifacts")
     }
 
-    /// Empty file systems that new volumes are filled from.
-    #[must_use]
-    pub fn ext4(&self) -> PathBuf {
-        self.state().join("ext4")
-    }
-
     /// Makes warden's own directories.
     ///
     /// # Errors
@@ -105,7 +100,7 @@ impl Layout {
             (self.state().join("slots"), 0o700),
             (self.state().join("templates"), 0o700),
             (self.state().join("build"), 0o700),
-            (self.ext4(), 0o700),
+            (self.state().join(EXT4), 0o700),
         ] {
             make_dir(&dir, mode)?;
         }

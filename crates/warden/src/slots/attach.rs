@@ -145,8 +145,8 @@ impl Warden {
                 vec![image.volume, image.sidecar]
             }
             None if files.fresh => {
-                let dir = self.config.layout.ext4();
-                vec![serving::ext4(&self.launcher, &dir, size_mb)?]
+                let state = self.config.layout.state();
+                vec![serving::ext4(&self.launcher, &state, size_mb)?]
             }
             None => vec![],
         };

@@ -8,7 +8,7 @@ use api::Error;
 use api::warden::Start;
 use jail::limits::KILL_WAIT;
 use std::collections::BTreeMap;
-use volumes::serving::Disk;
+use volumes::serving::{self, Disk};
 
 impl Warden {
     /// Adopts slots that rest with all their processes; removes everything else.
@@ -68,14 +68,7 @@ impl Warden {
                 }
             }
         }
-        // Another version may have made these otherwise.
-        let prepared = self.config.layout.ext4();
-        for entry in std::fs::read_dir(&prepared)
-            .at("read", prepared.display())?
-            .flatten()
-        {
-            remove(&entry.path())?;
-        }
+        serving::ext4_forget(&self.config.layout.state())?;
         lock(&self.volumes).sweep_new()
     }
 
