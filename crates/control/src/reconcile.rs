@@ -192,12 +192,11 @@ async fn settle(
         (ActualState::Stopped, Power::Stopped) if sleep::wake_due(w, actual, now_ms) => {
             sleep::standing_wake(app, w, actual).await
         }
-        (ActualState::Running | ActualState::Paused, Power::Asleep) => {
+        // One whose VM died on the way never slept: it is a crash like any other.
+        (ActualState::Running | ActualState::Paused | ActualState::Crashed, Power::Asleep) => {
             sleep::stays_awake(app, w, actual.error.clone()).await
         }
-        (ActualState::Crashed | ActualState::Failed, Power::Asleep) => {
-            sleep::memory_lost(app, w, actual).await
-        }
+        (ActualState::Failed, Power::Asleep) => sleep::memory_lost(app, w, actual).await,
         (ActualState::Running, _) => {
             power::ran_note(app, w, Some(actual)).await?;
             let forgiven = actual

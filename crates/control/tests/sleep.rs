@@ -155,6 +155,28 @@ async fn a_sleep_that_fails_leaves_it_running_and_says_why() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_that_dies_on_its_way_to_sleep_is_a_crash_like_any_other() {
+    let w = World::sqlite().await;
+    for (policy, ends_as) in [("always", "running"), ("no", "stopped")] {
+        let body = json!({ "config": { "restart_policy": policy } });
+        let id = w.workspace(body).await;
+        w.doubles.state().dies_asleep = true;
+        let failed = post(&w, &id, "sleep", Value::Null).await;
+        assert_ne!(failed.status, 200, "{failed:?}");
+        w.doubles.state().dies_asleep = false;
+        if policy == "always" {
+            w.restart_comes_due(&id).await;
+        }
+        w.becomes(&id, ends_as).await;
+        w.until("it does not sleep", async || {
+            (power_of(&w, &id).await != Power::Asleep).then_some(())
+        })
+        .await;
+        assert_eq!(lifecycle(&w, &id).await["asleep"], false);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn memory_that_can_not_be_woken_is_never_lost_in_silence() {
     let w = World::sqlite().await;
     let stale = Error::new(ErrorCode::MemoryStale, "of another VMM");

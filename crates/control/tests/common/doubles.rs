@@ -38,6 +38,8 @@ pub struct State {
     pub snapshots: BTreeMap<WorkspaceId, Vec<ObjectId>>,
     /// Starts, sleeps and snapshots that fail at host.
     pub starts_fail: Option<Error>,
+    /// VMs end while their memory is saved.
+    pub dies_asleep: bool,
     pub starts: u32,
     /// Size of every archive, bytes, or as much as it may have.
     pub archive_bytes: u64,
@@ -407,7 +409,8 @@ impl Doubles {
                 Purpose::Memory => {
                     self.lease_authority(&entry)?;
                     assert_eq!(d.power, Power::Asleep);
-                    memory = lease.object.clone().filter(|_| fails.is_none());
+                    let kept = fails.is_none() && !s.dies_asleep;
+                    memory = lease.object.clone().filter(|_| kept);
                 }
                 _ => {}
             }
@@ -419,8 +422,9 @@ impl Doubles {
                 (ActualState::Stopped, None)
             }
             Power::Asleep if memory.is_some() => (ActualState::Asleep, None),
+            Power::Asleep if up && s.dies_asleep => (ActualState::Crashed, None),
             Power::Asleep if up => (ActualState::Running, fails),
-            Power::Asleep => (ActualState::Crashed, None),
+            Power::Asleep => (ActualState::Failed, None),
             Power::Paused if up => (ActualState::Paused, None),
             Power::Running if up => (ActualState::Running, archive_fails),
             _ if d.token_state.is_empty() => (ActualState::Starting, None),
