@@ -177,6 +177,20 @@ async fn one_that_dies_on_its_way_to_sleep_is_a_crash_like_any_other() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_whose_memory_is_gone_is_stopped_and_says_why() {
+    let w = World::sqlite().await;
+    let id = w.workspace(json!({})).await;
+    assert_eq!(post(&w, &id, "sleep", Value::Null).await.status, 200);
+    w.doubles.memory_lose(&id);
+    w.until("it is stopped", async || {
+        (power_of(&w, &id).await == Power::Stopped).then_some(())
+    })
+    .await;
+    assert_eq!(w.restart_info(&id).await["last_error"], "memory_stale");
+    assert_eq!(post(&w, &id, "start", Value::Null).await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn memory_that_can_not_be_woken_is_never_lost_in_silence() {
     let w = World::sqlite().await;
     let stale = Error::new(ErrorCode::MemoryStale, "of another VMM");

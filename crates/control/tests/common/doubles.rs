@@ -517,6 +517,15 @@ impl Doubles {
         self.publish(&mut s, actual);
     }
 
+    /// What a workspace sleeps on is gone.
+    pub fn memory_lose(&self, id: &str) {
+        let (id, mut s) = (id.parse::<WorkspaceId>().unwrap(), self.state());
+        s.memory.remove(&id);
+        let mut actual = s.actual[&id].1.clone();
+        (actual.state, actual.memory) = (ActualState::Failed, false);
+        self.publish(&mut s, actual);
+    }
+
     fn publish(&self, s: &mut State, actual: Actual) {
         let seq = *self.seq.borrow() + 1;
         s.actual.insert(actual.workspace.clone(), (seq, actual));
