@@ -10,8 +10,10 @@ use api::disk::{Content, ToDisk};
 use api::kms::Anchor;
 use api::warden::Sealed;
 use api::{Error, ErrorCode};
-use jail::fault::Result;
+use jail::fault::{At as _, Result};
+use model::Purpose;
 use rustix::fd::{AsFd as _, OwnedFd};
+use rustix::fs::{Advice, fadvise};
 use serde::{Deserialize, Serialize};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -104,6 +106,9 @@ impl Image {
             None => (How::Read, Content::Saved),
         };
         let files = lock(client).open(of.clone(), how)?;
+        if matches!(of.object, Purpose::Memory | Purpose::SnapshotMemory) {
+            at_random(&files.volume)?;
+        }
         let (mut disk, hpke_pub, mount) = spawned.go()?;
         let open = ToDisk::Open {
             content,
@@ -180,10 +185,56 @@ fn lock(client: &Mutex<Client>) -> MutexGuard<'_, Client> {
     client.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Guests touch their memory anywhere. Around each page that is asked for, the host's kernel would
+/// read ahead as in a stream, and fill what are holes with zeros, while the guest waits. The
+/// advice is the open file's: it holds in whichever process gets it.
+fn at_random(volume: &OwnedFd) -> Result {
+    fadvise(volume, 0, None, Advice::Random).at("advise on", "the volume")
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use rustix::io::{ReadWriteFlags, pread, preadv2};
+    use std::io::IoSliceMut;
+    use std::num::NonZeroU64;
+    use std::time::Duration;
+
+    /// Whole folios, however large.
+    const HALF_BYTES: u64 = 8 << 20;
+
+    /// Whether the page cache had it.
+    fn is_cached(file: &OwnedFd, offset: u64) -> bool {
+        let mut into = [0; 4096];
+        let mut into = [IoSliceMut::new(&mut into)];
+        preadv2(file, &mut into, offset, ReadWriteFlags::NOWAIT) == Ok(4096)
+    }
+
+    #[test]
+    fn of_memory_only_what_is_asked_for_is_read() {
+        // Beside the executable: where temporary files are may be memory.
+        let exe = std::env::current_exe().unwrap();
+        let read_ahead = |advised: bool| {
+            let mut file = tempfile::tempfile_in(exe.parent().unwrap()).unwrap();
+            std::io::Write::write_all(&mut file, &vec![7; 2 * HALF_BYTES as usize]).unwrap();
+            file.sync_all().unwrap();
+            // The first half stays in the cache, as of what was just saved.
+            let rest = NonZeroU64::new(HALF_BYTES);
+            fadvise(&file, HALF_BYTES, rest, Advice::DontNeed).unwrap();
+            let file = OwnedFd::from(file);
+            if advised {
+                at_random(&file).unwrap();
+            }
+            pread(&file, &mut [0; 4096], HALF_BYTES).unwrap();
+            // What is on its way arrives.
+            std::thread::sleep(Duration::from_millis(50));
+            assert!(is_cached(&file, HALF_BYTES));
+            is_cached(&file, HALF_BYTES + 4096)
+        };
+        assert!(read_ahead(false), "it is kept from what nobody does here");
+        assert!(!read_ahead(true));
+    }
 
     fn state(batch: u64) -> Anchor {
         let (run, root) = (1, "0a".repeat(32));
