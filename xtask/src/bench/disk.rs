@@ -5,9 +5,11 @@
 //! together. A baseline runs with QEMU's cache modes `none` and `writeback`; the better of the two
 //! counts.
 //!
-//! Then QEMU alone once more, over the disk process's own code behind FUSE, with cipher and
-//! integrity and without both: the same files, written past the page cache and read through it. In
-//! turns, [`TURNS`] times, as machines are faster at one time than at another.
+//! Beside them QEMU alone over the disk process's own code behind FUSE, with cipher and integrity and
+//! without both: the same files, written past the page cache and read through it.
+//!
+//! In turns, as machines are faster at one time than at another, but for LUKS, which is slower than
+//! all others by far.
 //!
 //! A write ends when the disk has taken the last block; a durable write when it is flushed as well,
 //! which measures the machine's medium more than what lies above it.
@@ -37,53 +39,48 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 const INIT: &str = "/baseline";
 const PROGRAM: &str = "/root/baseline";
 const DISK_MB: u32 = 1024;
-const TURNS: usize = 2;
+/// Of `--runs`: a turn takes more than a minute, and measures three times.
+const RUNS_PER_TURN: usize = 4;
+/// QEMU's cache modes `none` and `writeback`.
+const DIRECT: [&str; 2] = ["on", "off"];
 
 /// Medians, in the order of [`METRICS`].
 type Figures = [f64; METRICS.len()];
 
 pub(super) fn run(args: &Args) -> Result<()> {
     let runtime = runtime()?;
-    let baseline = baseline_build()?;
+    let program = baseline_build()?;
     let platform = Platform::up(&args.artifacts, 1, false)?;
     platform.pool_wait()?;
     let client = platform.client()?;
     let memory_mb = platform.config.host.pool_memory_mb;
     let id = runtime.block_on(create(&client, memory_mb))?;
     platform.pool_wait()?;
-    let rounds = args.runs.div_ceil(5);
-    let ours = runtime.block_on(workspace(&client, &id, &baseline, rounds))?;
-    runtime.block_on(delete(&client, &id))?;
-    for (figure, (metric, unit)) in ours.iter().zip(METRICS) {
-        say("disk", &format!("workspace_{metric}"), *figure, unit);
-    }
+    let token = runtime.block_on(workspace(&client, &id, &program))?;
 
     let mut bare = Bare::of(&platform)?;
     bare.quota = Some(Quota::one_cpu()?);
     let dir = platform.paths.state_dir().join("baseline");
     std::fs::create_dir_all(&dir)?;
-    let initramfs = initramfs(&platform, &dir, &baseline)?;
+    let initramfs = initramfs(&platform, &dir, &program)?;
     let [raw, luks] = images(&dir)?;
-    for (what, driver, file) in [("qemu_luks", "luks", &luks), ("qemu_raw", "raw", &raw)] {
-        let mut best = Figures::default();
-        for direct in ["on", "off"] {
-            let words = blockdev(driver, file, direct);
-            let of = figures(&measure(&mut bare, memory_mb, &words, &initramfs)?)?;
-            println!("# {what}, cache.direct={direct}: {}", words_of(&of));
-            best = std::array::from_fn(|i| best[i].max(of[i]));
-        }
-        println!("# baseline: {}", bare.line);
-        for (i, (metric, unit)) in METRICS.into_iter().enumerate() {
-            say("disk", &format!("{what}_{metric}"), best[i], unit);
-            let ratio = format!("ratio_{metric}_vs_{what}");
-            say("disk", &ratio, ours[i] / best[i], "x");
-        }
-    }
 
-    let kinds = ["plain", "encrypted"];
-    let mut said = kinds.map(|_| String::new());
-    for _ in 0..TURNS {
-        for (kind, said) in kinds.into_iter().zip(&mut said) {
+    let mut said = Said::default();
+    for turn in 0..args.runs.div_ceil(RUNS_PER_TURN) {
+        let task = runtime.block_on(exec(&client, &token, &[PROGRAM, "/root/file"]))?;
+        said.workspace += task["stdout"].as_str().unwrap_or_default();
+        for (said, direct) in said.raw.iter_mut().zip(DIRECT) {
+            let words = blockdev("raw", &raw, direct);
+            *said += &measure(&mut bare, memory_mb, &words, &initramfs)?;
+        }
+        let mut kinds = [
+            ("plain", &mut said.plain),
+            ("encrypted", &mut said.encrypted),
+        ];
+        if turn % 2 == 1 {
+            kinds.reverse();
+        }
+        for (kind, said) in kinds {
             let serving = Serving::start(kind, &dir, &raw)?;
             if let Some(quota) = &bare.quota {
                 quota.put(serving.child.id())?;
@@ -93,24 +90,62 @@ pub(super) fn run(args: &Args) -> Result<()> {
             serving.stop()?;
         }
     }
-    for (kind, said) in kinds.into_iter().zip(&said) {
-        println!("# {kind}, behind FUSE: {}", words_of(&figures(said)?));
+    for (said, direct) in said.luks.iter_mut().zip(DIRECT) {
+        let words = blockdev("luks", &luks, direct);
+        *said += &measure(&mut bare, memory_mb, &words, &initramfs)?;
     }
-    let [plain, encrypted] = [figures(&said[0])?, figures(&said[1])?];
-    let mut least = f64::INFINITY;
-    for (i, (metric, _)) in METRICS.into_iter().enumerate() {
-        let ratio = encrypted[i] / plain[i];
-        least = least.min(ratio);
-        let name = format!("ratio_{metric}_encrypted_vs_plain");
-        say("disk", &name, ratio, "x");
-    }
-    // The least of those above.
-    say("disk", "ratio_encrypted_vs_plain", least, "x");
-    Ok(())
+    println!("# baseline: {}", bare.line);
+    runtime.block_on(delete(&client, &id))?;
+    said.tell()
 }
 
-/// What a workspace does.
-async fn workspace(client: &Client, id: &str, program: &Path, rounds: usize) -> Result<Figures> {
+/// What the program said, in all turns; of a baseline, with each of [`DIRECT`].
+#[derive(Default)]
+struct Said {
+    workspace: String,
+    raw: [String; 2],
+    luks: [String; 2],
+    plain: String,
+    encrypted: String,
+}
+
+impl Said {
+    fn tell(&self) -> Result<()> {
+        let ours = figures(&self.workspace)?;
+        for (figure, (metric, unit)) in ours.iter().zip(METRICS) {
+            say("disk", &format!("workspace_{metric}"), *figure, unit);
+        }
+        for (what, said) in [("qemu_luks", &self.luks), ("qemu_raw", &self.raw)] {
+            let mut best = Figures::default();
+            for (said, direct) in said.iter().zip(DIRECT) {
+                let of = figures(said)?;
+                println!("# {what}, cache.direct={direct}: {}", words_of(&of));
+                best = std::array::from_fn(|i| best[i].max(of[i]));
+            }
+            for (i, (metric, unit)) in METRICS.into_iter().enumerate() {
+                say("disk", &format!("{what}_{metric}"), best[i], unit);
+                let ratio = format!("ratio_{metric}_vs_{what}");
+                say("disk", &ratio, ours[i] / best[i], "x");
+            }
+        }
+        let [plain, encrypted] = [figures(&self.plain)?, figures(&self.encrypted)?];
+        println!("# plain, behind FUSE: {}", words_of(&plain));
+        println!("# encrypted, behind FUSE: {}", words_of(&encrypted));
+        let mut least = f64::INFINITY;
+        for (i, (metric, _)) in METRICS.into_iter().enumerate() {
+            let ratio = encrypted[i] / plain[i];
+            least = least.min(ratio);
+            let name = format!("ratio_{metric}_encrypted_vs_plain");
+            say("disk", &name, ratio, "x");
+        }
+        // The least of those above.
+        say("disk", "ratio_encrypted_vs_plain", least, "x");
+        Ok(())
+    }
+}
+
+/// Puts the program into the workspace; the token to run it with.
+async fn workspace(client: &Client, id: &str, program: &Path) -> Result<String> {
     let token = client.runtime_token(id).await?;
     let text = base64::engine::general_purpose::STANDARD.encode(std::fs::read(program)?);
     let encoded = format!("{PROGRAM}.base64");
@@ -124,12 +159,7 @@ async fn workspace(client: &Client, id: &str, program: &Path, rounds: usize) -> 
     .await?;
     let script = format!("base64 -d {encoded} > {PROGRAM} && chmod +x {PROGRAM}");
     exec(client, &token, &["sh", "-c", &script]).await?;
-    let mut said = String::new();
-    for _ in 0..rounds {
-        let task = exec(client, &token, &[PROGRAM, "/root/file"]).await?;
-        said += task["stdout"].as_str().unwrap_or_default();
-    }
-    figures(&said)
+    Ok(token)
 }
 
 /// Boots QEMU alone on a disk, and reads what it says.
