@@ -37,10 +37,14 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("setpriv", "util-linux"),
     ("nsenter", "util-linux"),
     ("ip", "iproute2"),
-    ("mkfs.ext4", "e2fsprogs"),
     ("getent", "libc-bin"),
     ("useradd", "passwd"),
 ];
+
+/// Makes the file system of each new disk.
+const MKFS: &str = "mkfs.ext4";
+/// The first mke2fs that knows `assume_storage_prezeroed`.
+const MKFS_SINCE: (u32, u32) = (1, 47);
 
 /// QEMU, in the VMM's closure or on the machine.
 const QEMU: &str = "usr/bin/qemu-system-x86_64";
@@ -88,6 +92,7 @@ pub fn look(paths: &Paths, config: &Config) -> Vec<Finding> {
             .iter()
             .map(|(program, package)| program_there(program, package)),
     );
+    out.push(mkfs());
     out.push(library("libnftables.so.1", "libnftables1"));
     out.push(artifacts(paths));
     out.push(swap());
@@ -287,6 +292,34 @@ fn program_there(program: &'static str, package: &str) -> Finding {
     }
 }
 
+/// One that is too old refuses what it is asked, and no new workspace would start.
+fn mkfs() -> Finding {
+    let there = program_there(MKFS, "e2fsprogs");
+    if there.level != Level::Ok {
+        return there;
+    }
+    let said = Command::new(&there.seen).arg("-V").output();
+    let said = said.map(|o| String::from_utf8_lossy(&o.stderr).into_owned());
+    let said = said.unwrap_or_default();
+    let (level, needs) = match mke2fs_version(&said) {
+        Some(version) if version >= MKFS_SINCE => (Level::Ok, ""),
+        _ => (Level::Missing, "; disks need 1.47 or later"),
+    };
+    let seen = format!(
+        "{}: {}{needs}",
+        there.seen,
+        said.lines().next().unwrap_or("?")
+    );
+    let mend = "apt-get install e2fsprogs # of Debian 12 or later";
+    finding(MKFS, level, seen, mend)
+}
+
+/// Of `mke2fs 1.47.0 (5-Feb-2023)`, 1 and 47.
+fn mke2fs_version(said: &str) -> Option<(u32, u32)> {
+    let mut parts = said.strip_prefix("mke2fs ")?.split(['.', '-', ' ', '\n']);
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+}
+
 fn library(name: &'static str, package: &str) -> Finding {
     let out = Command::new("/sbin/ldconfig").arg("-p").output();
     match out {
@@ -357,5 +390,31 @@ fn unseal(config: &Config) -> Finding {
             "a file beside the ciphertext: KMS-2, DSK-3 and DSK-8 are not_yet",
             "set kms.unseal = \"passphrase\" in casemate.toml before the first `casemate up`",
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{MKFS_SINCE, mke2fs_version};
+
+    #[test]
+    fn mke2fs_says_how_old_it_is() {
+        let now =
+            mke2fs_version("mke2fs 1.47.0 (5-Feb-2023)\n\tUsing EXT2FS Library version 1.47.0");
+        assert_eq!(now, Some((1, 47)));
+        let rc = mke2fs_version("mke2fs 1.48-rc1 (1-Jan-2027)");
+        assert_eq!(rc, Some((1, 48)));
+        assert!(mke2fs_version("mke2fs 1.46.5 (30-Dec-2021)").is_some_and(|old| old < MKFS_SINCE));
+        assert!(mke2fs_version("mke2fs 2.0 (1-Jan-2030)").is_some_and(|new| new >= MKFS_SINCE));
+        for other in [
+            "",
+            "mke2fs",
+            "mke2fs ",
+            "mke2fs x.y",
+            "mke2fs 1",
+            "BusyBox v1.36",
+        ] {
+            assert_eq!(mke2fs_version(other), None, "{other:?}");
+        }
     }
 }
