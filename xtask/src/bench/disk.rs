@@ -66,12 +66,17 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let [raw, luks] = images(&dir)?;
 
     let mut said = Said::default();
-    for turn in 0..args.runs.div_ceil(RUNS_PER_TURN) {
+    let turns = args.runs.div_ceil(RUNS_PER_TURN);
+    for turn in 0..turns {
+        println!("# turn {} of {turns}", turn + 1);
         let task = runtime.block_on(exec(&client, &token, &[PROGRAM, "/root/file"]))?;
         said.workspace += task["stdout"].as_str().unwrap_or_default();
         for (said, direct) in said.raw.iter_mut().zip(DIRECT) {
             let words = blockdev("raw", &raw, direct);
             *said += &measure(&mut bare, memory_mb, &words, &initramfs)?;
+            if turn == 0 {
+                println!("# baseline: {}", bare.line);
+            }
         }
         let mut kinds = [
             ("plain", &mut said.plain),
@@ -93,8 +98,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
     for (said, direct) in said.luks.iter_mut().zip(DIRECT) {
         let words = blockdev("luks", &luks, direct);
         *said += &measure(&mut bare, memory_mb, &words, &initramfs)?;
+        println!("# baseline: {}", bare.line);
     }
-    println!("# baseline: {}", bare.line);
     runtime.block_on(delete(&client, &id))?;
     said.tell()
 }
