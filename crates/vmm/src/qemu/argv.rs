@@ -175,7 +175,7 @@ pub fn argv(spec: &Spec) -> Vec<OsString> {
     a.opt("-L", &spec.paths.firmware);
     // With ACPI the default firmware is SeaBIOS, which can't boot a kernel without option ROMs.
     a.opt("-bios", "qboot.rom");
-    a.opt("-smp", cpus.to_string());
+    a.opt("-smp", smp(spec.accel, cpus));
     a.opt("-m", format!("{memory_mib}M"));
     match spec.how {
         How::Cold => a.opt(
@@ -215,7 +215,7 @@ pub fn argv(spec: &Spec) -> Vec<OsString> {
         How::Cold | How::Build => a
             .opt("-kernel", &spec.paths.kernel)
             .opt("-initrd", &spec.paths.initramfs)
-            .opt("-append", append(spec.accel)),
+            .opt("-append", append(spec.accel, cpus)),
     };
     if spec.how != How::Cold {
         a.opt("-add-fd", format!("fd={STATE_FD},set={STATE_FDSET}"));
@@ -269,8 +269,19 @@ pub fn argv(spec: &Spec) -> Vec<OsString> {
     a.0
 }
 
+/// One virtual CPU has room for another beside it. Without, the translator takes the guest's `lock`
+/// instructions for plain ones, and with them the barrier before Linux' virtio drivers look whether
+/// a device, which is another thread of the host, wants to be told: a disk may wait for ever for a
+/// word that neither sends. KVM's guests have the CPU's own.
+fn smp(accel: Accel, cpus: u32) -> String {
+    match (accel, cpus) {
+        (Accel::Tcg, 1) => "1,maxcpus=2,sockets=2,cores=1,threads=1".into(),
+        _ => cpus.to_string(),
+    }
+}
+
 /// The kernel's command line.
-fn append(accel: Accel) -> String {
+fn append(accel: Accel, cpus: u32) -> String {
     let mut text = "console=null quiet panic=-1 rdinit=/init".to_owned();
     // Else a mount or an address waits for timer ticks until every CPU was seen idle.
     text.push_str(" rcupdate.rcu_expedited=1");
@@ -280,6 +291,8 @@ fn append(accel: Accel) -> String {
     if let (Accel::Tcg, Some(khz)) = (accel, crate::tsc::khz()) {
         text.push_str(&format!(" tsc_early_khz={khz} tsc=reliable"));
     }
+    // The other one of `smp` never comes: locks against it are not needed.
+    text.push_str(&format!(" nr_cpus={cpus}"));
     text
 }
 
@@ -374,6 +387,17 @@ mod tests {
         let mut a = Args::default();
         a.opt_path("-object", "x=".into(), Path::new("/a,b,,c"));
         assert_eq!(a.0[1], "x=/a,,b,,,,c");
+    }
+
+    #[test]
+    fn one_cpu_of_the_translator_has_room_for_another() {
+        for (accel, cpus, wanted) in [
+            (Accel::Tcg, 1, "1,maxcpus=2,sockets=2,cores=1,threads=1"),
+            (Accel::Tcg, 2, "2"),
+            (Accel::Kvm, 1, "1"),
+        ] {
+            assert_eq!(smp(accel, cpus), wanted);
+        }
     }
 
     #[test]
