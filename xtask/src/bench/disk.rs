@@ -8,8 +8,7 @@
 //! Beside them QEMU alone over the disk process's own code behind FUSE, with cipher and integrity and
 //! without both: the same files, written past the page cache and read through it.
 //!
-//! In turns, as machines are faster at one time than at another, but for LUKS, which is slower than
-//! all others by far.
+//! In turns, as machines are faster at one time than at another; LUKS comes last, once.
 //!
 //! A write ends when the disk has taken the last block; a durable write when it is flushed as well,
 //! which measures the machine's medium more than what lies above it.
